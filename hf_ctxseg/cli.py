@@ -1,0 +1,214 @@
+"""The command `ctxseg`: thin verbs over the functions of the package.
+
+Exit codes: 0 done, 1 some inputs failed, 2 usage or bad input, 130 interrupted.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+VERBS = {
+    "train": "fine-tune a model on a folder of images and masks",
+    "eval": "score a model on labelled pictures",
+    "predict": "segment pictures: masks and overlays",
+    "push": "publish a run folder on the Hub",
+    "demo": "train on generated scenes, from nothing to an overlay, in a few minutes",
+}
+
+_TRAIN_HELP = """Examples:
+  ctxseg train --data my_folder --backbone resnet50 --output_dir runs/a
+  ctxseg train --data my_folder --model_name_or_path org/name --output_dir runs/b
+  ctxseg train --data my_folder --output_dir runs/a --resume
+  ctxseg train --config runs/a/args.yaml --output_dir runs/c
+  torchrun --nproc_per_node 2 scripts/finetune.py --data my_folder --output_dir runs/d
+
+--data is a folder (<split>/images + <split>/labels, or images/<split> + masks/<split>, equal stems; class names in
+meta.json, labels.txt or --labels), a parquet file or folder, or the name of a data set on the Hub."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; give the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = ("--debug" in arguments and arguments[:1] != ["train"]) or arguments[-1:] == ["--debug"]
+    arguments = arguments[:-1] if arguments[-1:] == ["--debug"] else arguments
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
+        return _usage(arguments)
+    _quiet()
+    run = {"train": _train, "eval": _eval, "predict": _predict, "push": _push, "demo": _demo}[arguments[0]]
+    try:
+        return run(arguments[1:])
+    except KeyboardInterrupt:
+        print("\nctxseg: interrupted. A training continues with --resume.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"ctxseg {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _usage(arguments: Sequence[str]) -> int:
+    asked = bool(arguments) and arguments[0] in ("-h", "--help")
+    stream = sys.stdout if asked else sys.stderr
+    if arguments and not asked:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], VERBS, n=1)
+        print(
+            f"ctxseg: there is no verb {arguments[0]!r}" + (f": did you mean {near[0]!r}?" if near else "."),
+            file=stream,
+        )
+    print("usage: ctxseg VERB …  (ctxseg VERB --help shows an example first)\n", file=stream)
+    for verb, what in VERBS.items():
+        print(f"  {verb:<8} {what}", file=stream)
+    return 0 if asked else 2
+
+
+def _quiet() -> None:
+    """Drop notes of other libraries that a user cannot act upon; only here, never in the library."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("timm", "httpx", "accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _parser(verb: str, example: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"ctxseg {verb}",
+        usage=f"{example}\n\n{VERBS[verb].capitalize()}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _train(argv: list[str]) -> int:
+    from .arguments import parse_arguments, short_help
+
+    if not argv or "-h" in argv or "--help" in argv:
+        print(f"{_TRAIN_HELP}\n")
+        short_help()
+        print("\nEvery argument of transformers' TrainingArguments is taken too: --help-all lists them.")
+        return 0 if argv else 2
+    if "--help-all" in argv:
+        argv = ["--help"]
+    arguments, given = parse_arguments(argv)
+    from .model_card import public_command
+    from .training import run_training
+
+    run_training(arguments, given, command=public_command(["train", *argv]))
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    parser = _parser("eval", "ctxseg eval runs/a --data my_folder --split val")
+    parser.add_argument("model", help="run folder, or name of a model on the Hub")
+    parser.add_argument("--data", required=True, help="folder, parquet, or Hub data set")
+    parser.add_argument("--split", help="split that is scored (default: the validation split)")
+    parser.add_argument("--labels", help="class names, where the data has none: file, or names with commas")
+    parser.add_argument("--ignore_index", type=int, help="label value without a class")
+    parser.add_argument("--image_column", help="column of the pictures in a table")
+    parser.add_argument("--label_column", help="column of the label maps in a table")
+    parser.add_argument("--output_dir", help="where metrics and preview go (default: MODEL/eval-SPLIT)")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures per step and device")
+    parser.add_argument("--report", choices=("table", "json", "csv"), default="table", help="what is printed")
+    options = vars(parser.parse_args(argv))
+    report = options.pop("report")
+    from .evaluation import evaluate
+
+    metrics = evaluate(options.pop("model"), options.pop("data"), **options, say=_to_stderr)
+    _print_scores(metrics["evaluation"], report)
+    return 0
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print_scores(scores: dict[str, Any], report: str) -> None:
+    from .trainer import score_table
+
+    if report == "json":
+        from .run_folder import without_nan
+
+        print(json.dumps(without_nan(scores), indent=2, ensure_ascii=False))
+    elif report == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow(["class", "iou", "accuracy"])
+        for name, iou in scores["per_category_iou"].items():
+            writer.writerow([name, iou, scores["per_category_accuracy"][name]])
+    else:
+        print(score_table(list(scores["per_category_iou"]), scores))
+
+
+def _predict(argv: list[str]) -> int:
+    parser = _parser("predict", "ctxseg predict runs/a photo.jpg more_photos/ --out masks")
+    parser.add_argument("model", help="run folder, or name of a model on the Hub")
+    parser.add_argument("images", nargs="+", help="picture files, and folders of them")
+    parser.add_argument("--out", required=True, type=Path, help="folder for NAME_mask.png and NAME_overlay.png")
+    options = parser.parse_args(argv)
+    from .inference import Predictor, find_pictures, predict_files
+
+    list(find_pictures(options.images))
+    written, failed = predict_files(Predictor(options.model), options.images, options.out)
+    for path in written:
+        print(path)
+    for message in failed:
+        print(f"ctxseg predict: {message}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(written) + len(failed)} pictures could not be segmented.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _push(argv: list[str]) -> int:
+    parser = _parser("push", "ctxseg push runs/a my_name/my_model")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("repo_id", help="name on the Hub: owner/name")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument("--no_pictures", action="store_true", help="leave out pictures of your data")
+    parser.add_argument("--yes", action="store_true", help="do not ask after listing what will go up")
+    options = parser.parse_args(argv)
+    from .publishing import push
+
+    url = push(
+        options.run,
+        options.repo_id,
+        private=options.private,
+        include_pictures=not options.no_pictures,
+        confirm=_agree if options.yes else _ask,
+    )
+    print(url if url else "Nothing was uploaded.")
+    return 0
+
+
+def _agree(listing: str) -> bool:
+    print(listing)
+    return True
+
+
+def _ask(listing: str) -> bool:
+    print(listing)
+    if not sys.stdin.isatty():
+        raise ValueError("There is nobody to confirm the upload: pass --yes.")
+    return input("Upload? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _demo(argv: list[str]) -> int:
+    parser = _parser("demo", "ctxseg demo --output_dir demo_output")
+    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="folder for scenes, run, overlay")
+    options = parser.parse_args(argv)
+    from .demo import run_demo
+
+    run_demo(options.output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""The configuration fields that every model shares, and their checks.
+
+Stock configurations of `transformers` keep a misspelt key as an attribute and ignore it; here it is refused with the
+nearest valid name, and each value is checked when the config is made.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# Keys that transformers itself passes or writes beside the declared fields.
+_TRANSFORMERS_KEYS = {
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+    "use_return_dict",
+}
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float, kind: type = float, *, exclusive_low: bool = False
+) -> None:
+    """Raise `ValueError` unless `value` is a number of `kind` (int or float) within `low` and `high`."""
+    right_kind = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if right_kind and (low < value if exclusive_low else low <= value) and value <= high:
+        return
+    bounds = f"{'above' if exclusive_low else 'from'} {low}" + ("" if high == float("inf") else f" to {high}")
+    raise ValueError(
+        f"{name} is {value!r}, but must be {'a whole number' if kind is int else 'a number'} {bounds}: set {name}."
+    )
+
+
+class CtxSegConfig(PreTrainedConfig):
+    """Fields shared by every model of the package.
+
+    Args:
+        backbone: Name of a timm model, for example `"resnet50"` or `"tf_efficientnet_lite0"`.
+        backbone_kwargs: Further arguments of `timm.create_model`.
+        num_channels: Channels of the input picture.
+        output_stride: Input pixels per step of the deepest feature map: 8, 16 or 32 for most backbones. What the
+            backbone really reaches is checked when the model is built.
+        hidden_size: Width of the context head.
+        norm_eps: Epsilon of the head's batch normalisation.
+        norm_momentum: Share of the new batch in the head's running statistics (torch's convention).
+        classifier_dropout: Probability of dropping a channel before the classifier.
+        align_corners: How logits are brought to the size of the picture.
+        use_auxiliary_head: Whether an FCN head on the last but one stage is trained too.
+        auxiliary_hidden_size: Width of the auxiliary head.
+        auxiliary_loss_weight: Weight of the auxiliary head's loss.
+        semantic_loss_ignore_index: Label value of pixels that count neither in the loss nor in the metric.
+        palette: One [red, green, blue] per class, 0 to 255, for pictures of masks; None: colours of the package.
+
+    Raises:
+        ValueError: If a key is unknown, or a value is outside its range.
+    """
+
+    backbone: str = "resnet50"
+    backbone_kwargs: dict[str, Any] | None = None
+    num_channels: int = 3
+    output_stride: int = 16
+    hidden_size: int = 256
+    norm_eps: float = 1e-5
+    norm_momentum: float = 0.1
+    classifier_dropout: float = 0.1
+    align_corners: bool = False
+    use_auxiliary_head: bool = False
+    auxiliary_hidden_size: int = 256
+    auxiliary_loss_weight: float = 0.4
+    semantic_loss_ignore_index: int = 255
+    palette: list[list[int]] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {field.name for field in fields(self)}
+        self._refuse_unknown(set(kwargs) - known - _TRANSFORMERS_KEYS, known | {"num_labels"})
+        if self.id2label is not None:
+            self._check_labels(self.id2label, kwargs.get("num_labels"))
+        elif "num_labels" in kwargs:
+            check_number("num_labels", kwargs["num_labels"], 1, float("inf"), int)
+        super().__post_init__(**kwargs)
+        if self.label2id is None and self.id2label is not None:
+            self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        self.check_values()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config from a saved one; `num_labels=…` here replaces the saved names of another number of classes."""
+        if kwargs.get("num_labels", len(config_dict.get("id2label") or ())) != len(config_dict.get("id2label") or ()):
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
+        return super().from_dict(config_dict, **kwargs)
+
+    def _refuse_unknown(self, unknown: Iterable[str], known: Iterable[str]) -> None:
+        for key in sorted(unknown):
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(self._own_fields()))}."
+            raise ValueError(
+                f"{type(self).__name__} has no field {key!r}: {hint} "
+                "(If the file was written by a newer hf-ctxseg, upgrade the package.)"
+            )
+
+    def _own_fields(self) -> set[str]:
+        return {field.name for field in fields(self)} - {field.name for field in fields(PreTrainedConfig)}
+
+    @staticmethod
+    def _check_labels(id2label: dict[Any, str], num_labels: int | None) -> None:
+        try:
+            ids = sorted(int(key) for key in id2label)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"id2label has the keys {list(id2label)}, but they must be class indices.") from error
+        if not ids or ids != list(range(len(ids))):
+            raise ValueError(f"id2label has the keys {ids}, but must name every class 0 … {len(ids) - 1} once.")
+        if num_labels is not None and num_labels != len(ids):
+            raise ValueError(
+                f"num_labels is {num_labels}, but id2label names {len(ids)} classes: give one of the two."
+            )
+
+    def check_values(self) -> None:
+        """Check every value; models call it again, since `from_pretrained(..., key=value)` sets keys afterwards.
+
+        Raises:
+            ValueError: Names the field, what was found and what is allowed.
+        """
+        if not isinstance(self.backbone, str) or not self.backbone:
+            raise ValueError(f"backbone is {self.backbone!r}, but must be the name of a timm model.")
+        if self.backbone_kwargs is not None and not isinstance(self.backbone_kwargs, dict):
+            raise ValueError(f"backbone_kwargs is {self.backbone_kwargs!r}, but must be a dict or None.")
+        for name in ("num_channels", "hidden_size", "auxiliary_hidden_size", "output_stride"):
+            check_number(name, getattr(self, name), 1, float("inf"), int)
+        check_number("norm_eps", self.norm_eps, 0, 1, exclusive_low=True)
+        check_number("norm_momentum", self.norm_momentum, 0, 1, exclusive_low=True)
+        check_number("classifier_dropout", self.classifier_dropout, 0, 1)
+        check_number("auxiliary_loss_weight", self.auxiliary_loss_weight, 0, float("inf"))
+        check_number("semantic_loss_ignore_index", self.semantic_loss_ignore_index, float("-inf"), float("inf"), int)
+        if 0 <= self.semantic_loss_ignore_index < (self.num_labels or 0):
+            raise ValueError(
+                f"semantic_loss_ignore_index is {self.semantic_loss_ignore_index}, which is the index of the class "
+                f"{self.id2label[self.semantic_loss_ignore_index]!r}: use a value outside 0 … {self.num_labels - 1}."
+            )
+        self._check_palette()
+        for name in ("align_corners", "use_auxiliary_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be true or false.")
+
+    def _check_palette(self) -> None:
+        # Another number of classes, given to from_pretrained, leaves the saved colours behind: they are ignored then.
+        for colour in self.palette or []:
+            if len(colour) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in colour):
+                raise ValueError(f"palette holds {colour}, but a colour is three whole numbers from 0 to 255.")

@@ -1,0 +1,94 @@
+"""Score a trained model on labelled pictures: what `ctxseg eval` does, with the evaluation that training uses."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .arguments import CtxSegTrainingArguments
+from .data import EvaluationDataset, load_data
+from .inference import Predictor
+from .label_scan import scan_labels
+from .report import describe_evaluation, describe_model, versions
+from .run_folder import write_json
+from .trainer import SegmentationTrainer
+
+
+def evaluate(
+    model: str | Path,
+    data: Any,
+    *,
+    split: str | None = None,
+    labels: str | None = None,
+    ignore_index: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    output_dir: str | Path | None = None,
+    batch_size: int = 1,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Score a model on a split of a data set, at the labels' original size.
+
+    Args:
+        model: A run folder, or the name of a model on the Hub.
+        data: Folder, parquet, Hub name or loaded `datasets` object, as for training.
+        split: The split that is scored; by default the data's validation split.
+        labels: Class names, where the data has none; they must be the model's.
+        ignore_index: Label value without a class; by default the data's own, else the model's.
+        image_column: Column of the pictures in a table.
+        label_column: Column of the label maps in a table.
+        output_dir: Where metrics and a preview grid are written; by default `<model>/eval-<split>`.
+        batch_size: Pictures per step and device.
+        say: Where lines for the user go.
+
+    Returns:
+        What `metrics.json` holds: the model, the scores with their protocol, the versions.
+
+    Raises:
+        ValueError: If model, data or classes do not fit.
+    """
+    predictor = Predictor(model)
+    names = list(predictor.names)
+    loaded = load_data(
+        data,
+        labels=labels,
+        ignore_index=ignore_index,
+        train_split=None,
+        eval_split=split,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    if list(loaded.classes.names) != names:
+        raise ValueError(
+            f"The model knows the classes {', '.join(names)}, but the data has {', '.join(loaded.classes.names)}: "
+            "score it on data of its own classes, or name them with --labels."
+        )
+    classes = replace(loaded.classes, palette=predictor.palette)
+    split_name = split or "validation"
+    samples = loaded.validation
+    if samples is None:
+        raise ValueError(f"{loaded.source} has no validation split: name one with --split.")
+    scan_labels(samples, classes, split=split_name)
+    folder = Path(output_dir) if output_dir is not None else Path(model) / f"eval-{split_name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = CtxSegTrainingArguments(
+        output_dir=str(folder), per_device_eval_batch_size=batch_size, dataloader_num_workers=0, eval_strategy="no"
+    )
+    trainer = SegmentationTrainer(
+        predictor.model,
+        arguments,
+        classes,
+        predictor.processor,
+        eval_dataset=EvaluationDataset(samples, predictor.processor),
+    )
+    trainer.evaluate()
+    metrics = {
+        "model": describe_model(predictor.model, None),
+        "data": {"source": loaded.source},
+        "evaluation": describe_evaluation(trainer, split_name, trainer.evaluation_seconds),
+        "versions": versions(),
+    }
+    if trainer.is_world_process_zero():
+        write_json(folder / "metrics.json", metrics)
+        say(f"Metrics and a preview grid are in {folder}.")
+    return metrics

@@ -1,0 +1,207 @@
+"""Segment pictures with a trained model: `hf_ctxseg.predict`, and what `ctxseg predict` does for files."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from .image_processing_ctxseg import CtxSegImageProcessor, open_image, to_rgb
+from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .visualization import default_palette, mask_to_image, overlay, with_legend
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass
+class Prediction:
+    """The segmentation of one picture.
+
+    Args:
+        mask: Class index of each pixel, (H, W) of the picture's own size.
+        names: Name of each class.
+        palette: Colour of each class.
+        picture: The picture, upright and RGB.
+    """
+
+    mask: np.ndarray
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    picture: Image.Image = field(repr=False)
+
+    @property
+    def areas(self) -> dict[str, float]:
+        """Share of the picture, 0 to 1, of each class that occurs, the largest first."""
+        counts = np.bincount(self.mask.ravel(), minlength=len(self.names))
+        order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+        return {self.names[index]: float(counts[index]) / self.mask.size for index in order}
+
+    @property
+    def overlay(self) -> Image.Image:
+        """The classes laid over the picture, with a legend."""
+        return with_legend(overlay(self.picture, self.mask, self.palette), self.mask, self.names, self.palette)
+
+    @property
+    def mask_image(self) -> Image.Image:
+        """The mask as an indexed picture with the palette: pixel values are class indices."""
+        return mask_to_image(self.mask, self.palette)
+
+
+class Predictor:
+    """A model with its image processor, ready to segment pictures one after another.
+
+    Args:
+        model: A run folder, the name of a model on the Hub, or a segmentation model of this package.
+        processor: Its image processor; by default the one saved beside the weights, for a model object one that
+            normalises as its backbone was pretrained.
+        device: Where to compute; by default a GPU if there is one. A model object stays where it is.
+
+    Raises:
+        ValueError: If the model cannot be found or is no segmentation model of this package.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | CtxSegForSemanticSegmentation,
+        processor: CtxSegImageProcessor | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if isinstance(model, (str, Path)):
+            self.model, saved = load_run(model)
+            self.processor = processor or saved
+            self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        else:
+            self.model = model if device is None else model.to(device)
+            self.processor = processor or CtxSegImageProcessor.for_backbone(
+                model.config.backbone, align_corners=model.config.align_corners
+            )
+        config = self.model.config
+        self.names = tuple(config.id2label[index] for index in range(config.num_labels))
+        fits = config.palette is not None and len(config.palette) == config.num_labels
+        palette = config.palette if fits else default_palette(config.num_labels)
+        self.palette = tuple((int(red), int(green), int(blue)) for red, green, blue in palette)
+
+    def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Prediction:
+        """Segment one picture: a path, a Pillow picture, or an array (H, W), (H, W, 3) or (3, H, W)."""
+        if isinstance(image, (str, Path)):
+            image = open_image(str(image))
+        if isinstance(image, np.ndarray):
+            pixels = self.processor.process_image(image, do_convert_rgb=True)  # (3, H, W)
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy().astype(np.uint8))
+        picture = to_rgb(image)
+        return Prediction(predict_mask(self.model, self.processor, picture), self.names, self.palette, picture)
+
+
+def predict(
+    model: str | Path | CtxSegForSemanticSegmentation,
+    image: str | Path | Image.Image | np.ndarray,
+    processor: CtxSegImageProcessor | None = None,
+    device: str | torch.device | None = None,
+) -> Prediction:
+    """Segment one picture; for many, make a `Predictor` once.
+
+    Args:
+        model: A run folder, the name of a model on the Hub, or a segmentation model of this package.
+        image: A path, a Pillow picture, or an array (H, W), (H, W, 3) or (3, H, W).
+        processor: The image processor; by default the model's own.
+        device: Where to compute; by default a GPU if there is one.
+
+    Returns:
+        An object with `mask` (H, W), `overlay` (a picture with legend) and `areas` (share by class name).
+
+    Raises:
+        ValueError: If the model or the picture cannot be read.
+        FileNotFoundError: If there is no such picture.
+    """
+    return Predictor(model, processor, device)(image)
+
+
+def predict_mask(
+    model: CtxSegForSemanticSegmentation, processor: CtxSegImageProcessor, picture: Image.Image
+) -> np.ndarray:
+    """Segment one RGB picture: class indices (H, W) at its own size, the model in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    inputs = processor(images=picture, return_tensors="pt")
+    with torch.inference_mode():
+        outputs = model(inputs["pixel_values"].to(model.device, model.dtype))
+    model.train(was_training)
+    mask = processor.post_process_semantic_segmentation(outputs, [(picture.height, picture.width)])[0]
+    return mask.cpu().numpy()
+
+
+def load_run(name: str | Path) -> tuple[CtxSegForSemanticSegmentation, CtxSegImageProcessor]:
+    """Open a run folder or a model of the Hub: model in evaluation mode, and its image processor.
+
+    Raises:
+        ValueError: If it is not there, or not a segmentation model of this package.
+    """
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(str(name), use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(str(name))
+    except OSError as error:
+        what = "holds no finished model" if Path(name).is_dir() else "is neither a run folder nor a model on the Hub"
+        raise ValueError(
+            f"{name} {what} ({str(error).splitlines()[0]}): give the folder that training wrote, or org/name."
+        ) from error
+    if not isinstance(model, CtxSegForSemanticSegmentation):
+        raise ValueError(f"{name} holds a {type(model).__name__}, which is not a model of this package.")
+    return model, processor
+
+
+def find_pictures(inputs: Sequence[str | Path]) -> Iterator[tuple[Path, Path]]:
+    """List picture files with the name under which their results are written.
+
+    Args:
+        inputs: Files, and folders that are searched through; a folder's structure is kept.
+
+    Raises:
+        FileNotFoundError: If one does not exist.
+        ValueError: If a folder holds no picture.
+    """
+    for item in map(Path, inputs):
+        if item.is_dir():
+            found = sorted(path for path in item.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise ValueError(f"{item} holds no picture ({', '.join(IMAGE_SUFFIXES)}): give another folder.")
+            yield from ((path, path.relative_to(item)) for path in found)
+        elif item.is_file():
+            yield item, Path(item.name)
+        else:
+            raise FileNotFoundError(f"There is no picture or folder {item}: check the path.")
+
+
+def predict_files(predictor: Predictor, inputs: Sequence[str | Path], out: Path) -> tuple[list[Path], list[str]]:
+    """Segment picture files; each gives `<name>_mask.png` (class indices) and `<name>_overlay.png` (with legend).
+
+    Args:
+        predictor: The model.
+        inputs: Files and folders.
+        out: Folder for the results.
+
+    Returns:
+        The overlays written, and one sentence for each picture that could not be read.
+    """
+    pictures = list(find_pictures(inputs))
+    written: list[Path] = []
+    failed: list[str] = []
+    taken: set[Path] = set()
+    for path, name in pictures:
+        # a.jpg and a.png side by side keep their suffixes in the names
+        stem = name.with_suffix("")
+        stem = stem.with_name(f"{stem.name}_{name.suffix[1:]}") if stem in taken else stem
+        taken.add(stem)
+        try:
+            prediction = predictor(path)
+        except ValueError as error:
+            failed.append(str(error))
+            continue
+        target = out / stem
+        target.parent.mkdir(parents=True, exist_ok=True)
+        prediction.mask_image.save(target.with_name(f"{stem.name}_mask.png"))
+        written.append(target.with_name(f"{stem.name}_overlay.png"))
+        prediction.overlay.save(written[-1])
+    return written, failed

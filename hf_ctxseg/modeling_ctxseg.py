@@ -1,0 +1,213 @@
+"""What every model shares: backbone + context head, the pixel classifier, the auxiliary head, the loss.
+
+`XModel` gives dense context features; `XForSemanticSegmentation` adds dropout and a classifier and, in training, an
+FCN head on the last but one stage (Zhao et al., arXiv 1612.01105, section 3.3). Logits come at the head's stride, as
+those of transformers' own models do.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithNoAttention, SemanticSegmenterOutput
+from typing_extensions import Self
+
+from .backbone import DilatedBackbone
+from .configuration_ctxseg import CtxSegConfig
+from .dense_loss import upsampled_cross_entropy
+from .layers import ConvNormAct
+
+
+class ContextHead(nn.Module):
+    """Base of the context heads.
+
+    A subclass is built from (config, channels, reductions) of the backbone's maps; its forward takes these maps and
+    gives (B, out_channels, h, w).
+    """
+
+    def __init__(self, config: CtxSegConfig, out_channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.out_channels = out_channels
+
+    def build_classifier(self, in_channels: int) -> nn.Module:
+        """Give the module that turns (B, in_channels, h, w) into logits (B, num_labels, h, w)."""
+        return nn.Conv2d(in_channels, self.config.num_labels, kernel_size=1)
+
+
+class FCNHead(nn.Module):
+    """Auxiliary head: 3×3 convolution, dropout, 1×1 classifier on the last but one stage.
+
+    Shape:
+        input (B, in_channels, h, w), output (B, num_labels, h, w)
+    """
+
+    def __init__(self, config: CtxSegConfig, in_channels: int) -> None:
+        super().__init__()
+        width = config.auxiliary_hidden_size
+        self.conv = ConvNormAct(
+            in_channels, width, kernel_size=3, norm_eps=config.norm_eps, norm_momentum=config.norm_momentum
+        )
+        self.dropout = nn.Dropout2d(config.classifier_dropout)
+        self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Give the auxiliary logits."""
+        return self.classifier(self.dropout(self.conv(features)))  # type: ignore[no-any-return]
+
+
+class CtxSegPreTrainedModel(PreTrainedModel):
+    """Base of every model: initialisation, and where pretrained backbones come in."""
+
+    config_class = CtxSegConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # Trainer infers from a forward with **kwargs that the model divides its loss by num_items_in_batch: it does not.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            # A He-initialised classifier would start far above log(num_labels).
+            is_classifier = module.bias is not None
+            if is_classifier:
+                init.normal_(module.weight, std=0.01)
+                init.zeros_(module.bias)
+            else:
+                init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+
+    @classmethod
+    def from_pretrained_backbone(
+        cls, config: CtxSegConfig, weights: str | Path | Mapping[str, torch.Tensor] | None = None
+    ) -> Self:
+        """Build a model whose backbone has pretrained weights and whose head is new.
+
+        Args:
+            config: The configuration; `backbone` names the timm network.
+            weights: A file or state dict in timm's names; None: timm's own weights from the Hub.
+
+        Raises:
+            ValueError: If the weights do not fit the backbone.
+            ConnectionError: If the Hub cannot be reached.
+        """
+        model = cls(config)
+        model.backbone.load_backbone_weights(weights)
+        return model
+
+
+class CtxSegModel(CtxSegPreTrainedModel):
+    """Backbone and context head; a subclass names its `config_class` and `head_class`."""
+
+    head_class: ClassVar[type[ContextHead]]
+    # The base model opens checkpoints of the segmentation model.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^classifier\.", r"^auxiliary_head\."]
+
+    def __init__(self, config: CtxSegConfig) -> None:
+        super().__init__(config)
+        config.check_values()
+        self.backbone = DilatedBackbone(config)
+        self.decode_head = self.head_class(config, self.backbone.channels, self.backbone.reductions)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
+    ) -> BaseModelOutputWithNoAttention | tuple[Any, ...]:
+        """Give dense context features.
+
+        Args:
+            pixel_values: (B, num_channels, H, W) as the image processor makes them.
+            output_hidden_states: Whether to give the backbone's maps too.
+            return_dict: Whether to give an output object (default) or a tuple.
+
+        Returns:
+            `last_hidden_state` (B, hidden_size, h, w); `hidden_states`, the backbone's maps, where asked.
+        """
+        check_pixel_values(pixel_values, self.config.num_channels)
+        features = self.backbone(pixel_values)
+        hidden_state = self.decode_head(features)
+        output = BaseModelOutputWithNoAttention(
+            last_hidden_state=hidden_state,
+            hidden_states=tuple(features) if _chosen(output_hidden_states, self.config.output_hidden_states) else None,
+        )
+        return output if _chosen(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+class CtxSegForSemanticSegmentation(CtxSegPreTrainedModel):
+    """Context features, dropout, classifier, optional auxiliary head, loss; a subclass names its `model_class`."""
+
+    model_class: ClassVar[type[CtxSegModel]]
+
+    def __init__(self, config: CtxSegConfig) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.dropout = nn.Dropout2d(config.classifier_dropout)
+        self.classifier = self.model.decode_head.build_classifier(self.model.decode_head.out_channels)
+        self.auxiliary_head = FCNHead(config, self.backbone.channels[-2]) if config.use_auxiliary_head else None
+        self.post_init()
+
+    @property
+    def backbone(self) -> DilatedBackbone:
+        """The dilated backbone."""
+        return self.model.backbone
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SemanticSegmenterOutput | tuple[Any, ...]:
+        """Give class logits at the head's stride and, with labels, the loss.
+
+        Args:
+            pixel_values: (B, num_channels, H, W) as the image processor makes them.
+            labels: (B, H', W') class indices, `semantic_loss_ignore_index` where a pixel has none.
+            output_hidden_states: Whether to give the backbone's maps too.
+            return_dict: Whether to give an output object (default) or a tuple.
+
+        Returns:
+            `logits` (B, num_labels, h, w); `loss`, a float32 scalar, with labels; `hidden_states` where asked.
+        """
+        outputs = self.model(pixel_values, output_hidden_states=True, return_dict=True)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (B, num_labels, h, w)
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels)
+            if self.auxiliary_head is not None and self.training:
+                auxiliary_logits = self.auxiliary_head(outputs.hidden_states[-2])
+                loss = loss + self.config.auxiliary_loss_weight * self._loss(auxiliary_logits, labels)
+        keep = _chosen(output_hidden_states, self.config.output_hidden_states)
+        output = SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states if keep else None
+        )
+        return output if _chosen(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return upsampled_cross_entropy(
+            logits, labels, self.config.semantic_loss_ignore_index, self.config.align_corners
+        )
+
+
+def check_pixel_values(pixel_values: torch.Tensor, num_channels: int) -> None:
+    """Raise `ValueError` unless `pixel_values` is a float (B, num_channels, H, W) tensor."""
+    if pixel_values.dim() == 4 and pixel_values.shape[1] == num_channels and pixel_values.is_floating_point():
+        return
+    raise ValueError(
+        f"pixel_values is a {pixel_values.dtype} tensor of shape {tuple(pixel_values.shape)}, but must be floating "
+        f"point of shape (batch, {num_channels}, height, width): pass pictures through the image processor."
+    )
+
+
+def _chosen(argument: bool | None, default: bool | None) -> bool:
+    return bool(default) if argument is None else argument

@@ -1,0 +1,165 @@
+"""What a run says of itself: `metrics.json`, the table of classes, the figures and the card, all from measured facts."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arguments import Arguments, CtxSegTrainingArguments, DataArguments
+from .data import DataSplits
+from .label_scan import LabelStatistics
+from .model_card import write_card
+from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .plots import plot_curves, plot_per_class
+from .registry import head_name
+from .run_folder import write_class_table, write_json
+from .samples import ClassInfo
+from .trainer import SegmentationTrainer, duration, score_table
+
+
+def device_name(arguments: CtxSegTrainingArguments) -> str:
+    """Name the kind and number of devices."""
+    if arguments.device.type == "cuda":
+        count = arguments.world_size
+        return f"{count} × {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
+    processes = f"{arguments.world_size} processes of " if arguments.world_size > 1 else ""
+    return f"{arguments.device.type}, {processes}{torch.get_num_threads()} threads"
+
+
+def precision(arguments: CtxSegTrainingArguments) -> str:
+    """Name the number format of the training."""
+    return "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32"
+
+
+def describe_model(model: CtxSegForSemanticSegmentation, origin: str | None) -> dict[str, Any]:
+    """The part `model` of `metrics.json`."""
+    return {
+        "class": type(model).__name__,
+        "head": head_name(type(model.config)),
+        "backbone": model.config.backbone,
+        "backbone_weights": origin,
+        "parameters": model.num_parameters(),
+        "output_stride": model.config.output_stride,
+    }
+
+
+def _describe_data(data: DataSplits, arguments: DataArguments, statistics: LabelStatistics | None) -> dict[str, Any]:
+    counts = [] if statistics is None else statistics.histogram.tolist()
+    return {
+        "source": data.source,
+        "license": arguments.data_license,
+        "train_images": len(data.train) if data.train is not None else 0,
+        "eval_images": len(data.validation) if data.validation is not None else 0,
+        "classes": list(data.classes.names),
+        "ignore_index": data.classes.ignore_index,
+        "class_pixels": dict(zip(data.classes.names, counts, strict=False)),
+    }
+
+
+def describe_evaluation(trainer: SegmentationTrainer, split: str, seconds: float | None) -> dict[str, Any]:
+    """The part `evaluation` of `metrics.json`: the last scores, and the protocol beside them."""
+    scores, names = trainer.scores.last, trainer.classes.names
+    if not scores:
+        return {}
+    processor = trainer.processing_class
+    size = f"scaled to a longest edge of {processor.size.max_height} pixels" if processor.do_resize else "as they are"
+    return {
+        "split": split,
+        "protocol": (
+            f"whole pictures {size}, logits upsampled to the label's original size, single scale, no flip, "
+            f"ignore_index {trainer.classes.ignore_index}, output stride {trainer.model.config.output_stride}"
+        ),
+        "num_images": len(trainer.eval_dataset),
+        **{name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy", "loss")},
+        "per_category_iou": dict(zip(names, scores["per_category_iou"], strict=True)),
+        "per_category_accuracy": dict(zip(names, scores["per_category_accuracy"], strict=True)),
+        "seconds": seconds,
+    }
+
+
+def describe_run(
+    trainer: SegmentationTrainer,
+    arguments: Arguments,
+    data: DataSplits,
+    statistics: LabelStatistics | None,
+    origin: str,
+    train_loss: float,
+    seconds: float,
+    command: str | None,
+) -> dict[str, Any]:
+    """Everything that `metrics.json` holds."""
+    model_arguments, data_arguments, training = arguments
+    return {
+        "model": describe_model(trainer.model, origin),
+        "data": _describe_data(data, data_arguments, statistics),
+        "training": {
+            "command": command,
+            "steps": trainer.state.global_step,
+            "epochs": round(trainer.state.epoch or 0.0, 2),
+            "batch_size": training.train_batch_size * training.world_size * training.gradient_accumulation_steps,
+            "crop_size": [data_arguments.crop_size[0], data_arguments.crop_size[-1]],
+            "seconds": round(seconds, 1),
+            "train_loss": train_loss,
+            "learning_rate": training.learning_rate,
+            "head_learning_rate_factor": training.head_learning_rate_factor,
+            "optimizer": str(getattr(training.optim, "value", training.optim)),
+            "lr_scheduler": _schedule(training),
+            "precision": precision(training),
+            "seed": training.seed,
+            "device": device_name(training),
+            "init_from": model_arguments.model_name_or_path,
+        },
+        "evaluation": describe_evaluation(
+            trainer, data_arguments.eval_split or "validation", trainer.evaluation_seconds
+        ),
+        "versions": versions(),
+    }
+
+
+def _schedule(training: CtxSegTrainingArguments) -> str:
+    name = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
+    power = (training.lr_scheduler_kwargs or {}).get("power")  # type: ignore[union-attr]
+    return name if power is None else f"{name} {power}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the numbers."""
+    names = {"hf_ctxseg": "hf-ctxseg", "torch": "torch", "transformers": "transformers", "timm": "timm"}
+    return {key: version(package) for key, package in names.items()} | {"python": platform.python_version()}
+
+
+def write_report(
+    run: Path,
+    metrics: dict[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    classes: ClassInfo,
+    scores: Mapping[str, Any],
+) -> None:
+    """Write metrics, table of classes, figures and card into a run folder."""
+    write_json(run / "metrics.json", metrics)
+    plot_curves(history, run / "curves.png")
+    if scores:
+        counts = metrics["data"]["class_pixels"]
+        write_class_table(run / "per_class.csv", classes.names, scores, [counts.get(name) for name in classes.names])
+        plot_per_class(classes.names, scores["per_category_iou"], run / "per_class.png")
+    write_card(run)
+
+
+def farewell(run: Path, metrics: Mapping[str, Any]) -> str:
+    """The last lines of a training: the scores, where everything is, and what to type next."""
+    training, evaluation = metrics["training"], metrics["evaluation"]
+    lines = [f"Trained {training['steps']} steps in {duration(training['seconds'])}."]
+    if evaluation:
+        lists = {key: list(evaluation[key].values()) for key in ("per_category_iou", "per_category_accuracy")}
+        lines += ["", score_table(list(evaluation["per_category_iou"]), {**evaluation, **lists}), ""]
+    return "\n".join(
+        [
+            *lines,
+            f"The run folder {run} holds the model, its card (README.md), metrics.json, previews and figures.",
+            f"Next: ctxseg predict {run} PICTURES --out masks",
+            f"      ctxseg push {run} YOUR_NAME/MODEL_NAME",
+        ]
+    )

@@ -1,0 +1,176 @@
+"""Fine-tuning, from a folder of images and masks to a run folder: what `ctxseg train` and `hf_ctxseg.train` do."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from .arguments import Arguments, CtxSegTrainingArguments, DataArguments, arguments_from_dict
+from .augmentation import training_transform
+from .data import DataSplits, EvaluationDataset, TrainingDataset, load_data
+from .image_processing_ctxseg import CtxSegImageProcessor
+from .label_scan import LabelStatistics, scan_labels, write_contact_sheet
+from .model_building import build_model
+from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .report import describe_run, device_name, farewell, precision, write_report
+from .run_folder import is_finished, prepare_run, save_model, write_arguments
+from .trainer import SegmentationTrainer
+
+
+@dataclass
+class TrainingResult:
+    """What a training gives.
+
+    Args:
+        output_dir: The run folder.
+        metrics: What `metrics.json` holds.
+        model: The trained model, in evaluation mode.
+    """
+
+    output_dir: Path
+    metrics: dict[str, Any]
+    model: CtxSegForSemanticSegmentation
+
+
+def train(**arguments: Any) -> TrainingResult:
+    """Fine-tune a model on your own pictures; the Python twin of `ctxseg train`.
+
+    Args:
+        **arguments: Any argument of `ctxseg train` by its name, for example `data="my_folder"`,
+            `head="deeplabv3"`, `backbone="resnet50"`, `output_dir="runs/a"`, `max_steps=600`. `data` may also be a
+            loaded `datasets` object.
+
+    Raises:
+        ValueError: If an argument, the data or the output folder is not usable; before any training step.
+        FileNotFoundError: If a file or folder does not exist.
+        ConnectionError: If something is needed from the Hub and it cannot be reached.
+    """
+    return run_training(arguments_from_dict(arguments), arguments)
+
+
+def run_training(
+    arguments: Arguments, given: dict[str, Any], command: str | None = None, say: Callable[[str], None] = print
+) -> TrainingResult:
+    """Train as the arguments say and fill the run folder.
+
+    Args:
+        arguments: The three argument objects.
+        given: The arguments that were given, for `args.yaml`.
+        command: The command line, for the card.
+        say: Where lines for the user go.
+    """
+    model_arguments, data_arguments, training_arguments = arguments
+    run = Path(training_arguments.output_dir)
+    is_main = training_arguments.process_index == 0
+    tell = say if is_main else _silent
+    if training_arguments.resume and is_finished(run):
+        raise ValueError(f"output_dir {run} holds a finished run: use it, or train into another folder.")
+    data = _load(data_arguments, training_arguments)
+    set_seed(training_arguments.seed)
+    model, processor, origin = build_model(model_arguments, data_arguments, data.classes, tell)
+    with training_arguments.main_process_first(desc="label scan"):
+        statistics = _scan(data, data_arguments, tell if is_main else None)
+        checkpoint = _prepare(run, training_arguments, data, given) if is_main else None
+    if not is_main:
+        checkpoint = prepare_run(run, resume=True)
+    trainer = _make_trainer(model, processor, data, data_arguments, training_arguments)
+    tell(_plan(trainer, model, data, checkpoint))
+    if data_arguments.dry_run:
+        tell(f"Dry run: nothing was trained. Look at {run / 'contact_sheet.png'}.")
+        return TrainingResult(run, {}, model.eval())
+    started = time.monotonic()
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - started
+    if data.validation is not None and trainer.scored_step != trainer.state.global_step:
+        trainer.evaluate()
+    metrics = describe_run(trainer, arguments, data, statistics, origin, outcome.training_loss, seconds, command)
+    if trainer.is_world_process_zero():
+        save_model(run, trainer.accelerator.unwrap_model(trainer.model), processor)
+        write_report(run, metrics, trainer.state.log_history, data.classes, trainer.scores.last)
+        tell(farewell(run, metrics))
+    return TrainingResult(run, metrics, model.eval())
+
+
+def _silent(line: str) -> None:
+    """Say nothing: only the main process speaks."""
+
+
+def _load(arguments: DataArguments, training: CtxSegTrainingArguments) -> DataSplits:
+    data = load_data(
+        arguments.data,
+        labels=arguments.labels,
+        ignore_index=arguments.ignore_index,
+        train_split=arguments.train_split,
+        eval_split=arguments.eval_split,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        seed=training.seed,
+    )
+    if data.validation is None:
+        training.eval_strategy = "no"
+    return data
+
+
+def _scan(data: DataSplits, arguments: DataArguments, tell: Callable[[str], None] | None) -> LabelStatistics | None:
+    """Scan both splits before anything is trained; in the main process alone."""
+    if tell is None or data.train is None:
+        return None
+    statistics = scan_labels(data.train, data.classes, split="train", num_workers=arguments.scan_workers)
+    if data.validation is not None:
+        scan_labels(data.validation, data.classes, split="validation", num_workers=arguments.scan_workers)
+    tell(statistics.table(data.classes.names))
+    return statistics
+
+
+def _prepare(run: Path, arguments: CtxSegTrainingArguments, data: DataSplits, given: dict[str, Any]) -> Path | None:
+    checkpoint = prepare_run(run, resume=arguments.resume)
+    written = {name: value for name, value in given.items() if name not in ("resume", "dry_run")}
+    if not isinstance(written["data"], (str, Path)):
+        written["data"] = data.source
+    write_arguments(run, written)
+    write_contact_sheet(data.train, data.classes, run / "contact_sheet.png")
+    return checkpoint
+
+
+def _make_trainer(
+    model: CtxSegForSemanticSegmentation,
+    processor: CtxSegImageProcessor,
+    data: DataSplits,
+    arguments: DataArguments,
+    training: CtxSegTrainingArguments,
+) -> SegmentationTrainer:
+    height, width = arguments.crop_size[0], arguments.crop_size[-1]
+    transform = training_transform(
+        (height, width),
+        scale=(arguments.scale[0], arguments.scale[1]),
+        max_class_ratio=arguments.max_class_ratio,
+        ignore_index=data.classes.ignore_index,
+        image_fill=tuple(round(255 * mean) for mean in processor.image_mean),
+    )
+    longest_edge = processor.size.max_height if processor.do_resize else None
+    return SegmentationTrainer(
+        model,
+        training,
+        data.classes,
+        processor,
+        train_dataset=TrainingDataset(data.train, transform, processor, training.seed, longest_edge),
+        eval_dataset=EvaluationDataset(data.validation, processor) if data.validation is not None else None,
+    )
+
+
+def _plan(
+    trainer: SegmentationTrainer, model: CtxSegForSemanticSegmentation, data: DataSplits, checkpoint: Path | None
+) -> str:
+    arguments = trainer.args
+    scored = len(data.validation) if data.validation is not None else 0
+    steps = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
+    return (
+        f"{type(model).__name__} on {model.config.backbone}, output stride {model.config.output_stride}, "
+        f"{model.num_parameters() / 1e6:.2f} M parameters, {data.classes.num_labels} classes\n"
+        f"{len(data.train)} pictures to train on, {scored} to score; {steps} of "
+        f"{arguments.train_batch_size * arguments.world_size} crops on {device_name(arguments)}, "
+        f"{precision(arguments)}" + (f"\nContinuing from {checkpoint.name}" if checkpoint else "")
+    )
