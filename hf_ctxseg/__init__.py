@@ -3,8 +3,15 @@
 Importing the package registers its models with transformers' Auto classes and its image-segmentation pipeline.
 """
 
+import os
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+# OpenMP's threads spin while they wait, which on a CPU shared with anything else (another program, the processes that
+# load pictures) makes a training step up to sixteen times slower. Read once, when torch is loaded.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .configuration_ctxseg import CtxSegConfig
 from .dense_loss import upsampled_cross_entropy

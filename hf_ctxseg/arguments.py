@@ -78,7 +78,7 @@ class DataArguments:
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Scale pictures to this longest edge, in pixels, in training and use (default: as they are)."
+            "help": "Scale pictures to this longest edge in pixels, in training and use (default: as they are)."
         },
     )
     scale: list[float] = field(
@@ -87,9 +87,7 @@ class DataArguments:
     max_class_ratio: float = field(
         default=0.75, metadata={"help": "Crops that one class covers more than this are drawn again (10 tries)."}
     )
-    scan_workers: int | None = field(
-        default=None, metadata={"help": "Threads of the label scan (default: all cores)."}
-    )
+    scan_workers: int | None = field(default=None, metadata={"help": "Threads of the label scan (default: all)."})
     dry_run: bool = field(
         default=False, metadata={"help": "Scan the labels, write the contact sheet, build the model, and stop."}
     )
@@ -102,7 +100,7 @@ class CtxSegTrainingArguments(TrainingArguments):
     output_dir: str | None = field(default=None, metadata={"help": "Run folder: model, card, figures, checkpoints."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Crops per device and step."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Whole pictures per device at evaluation."})
-    num_train_epochs: float | None = field(  # type: ignore[assignment]
+    num_train_epochs: float | None = field(
         default=None, metadata={"help": "Passes over the data; without it and --max_steps, 600 steps are trained."}
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Of the backbone; see head_learning_rate_factor."})
@@ -110,7 +108,7 @@ class CtxSegTrainingArguments(TrainingArguments):
         default=10.0, metadata={"help": "Learning rate of head and classifier, as a multiple of the backbone's."}
     )
     weight_decay: float = field(default=1e-4, metadata={"help": "Not applied to normalisations and biases."})
-    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})  # type: ignore[assignment]
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Of the schedule (polynomial: power 0.9 to a learning rate of 0)."}
     )
@@ -121,18 +119,24 @@ class CtxSegTrainingArguments(TrainingArguments):
             "choices": ["none", "backbone", "all"],
         },
     )
-    eval_strategy: str = field(default="steps", metadata={"help": "When to score: no, steps or epoch."})  # type: ignore[assignment]
+    eval_strategy: str = field(default="steps", metadata={"help": "When to score: no, steps or epoch."})
     eval_steps: float | None = field(default=0.25, metadata={"help": "Steps between scores; below 1: share of all."})
-    save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps or epoch."})  # type: ignore[assignment]
+    save_strategy: str = field(default="steps", metadata={"help": "When to save checkpoints: no, steps or epoch."})
     save_steps: float = field(default=0.25, metadata={"help": "Steps between checkpoints; below 1: share of all."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between lines of the log."})
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that load and augment pictures."})
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep them between epochs."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Tracker: none, tensorboard, …"})
+    # HfArgumentParser reads the union in this order alone
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata={"help": "Tracker: none, tensorboard, …"}
+    )
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Lines instead of a progress bar."})
     resume: bool = field(
         default=False, metadata={"help": "Continue from the newest complete checkpoint of output_dir, or start."}
+    )
+    channels_last: bool = field(
+        default=True, metadata={"help": "Memory format of the training: faster on CPU and on GPU with bf16 or fp16."}
     )
     preview_images: int = field(default=4, metadata={"help": "Validation pictures drawn at each evaluation."})
     # What follows is needed by the trainer of this package and not for users to choose.
@@ -144,7 +148,7 @@ class CtxSegTrainingArguments(TrainingArguments):
             raise ValueError("output_dir is missing: name the run folder with --output_dir.")
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0
-            if self.max_steps <= 0:
+            if self.max_steps <= 0:  # type: ignore[has-type]
                 self.max_steps = 600
         if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
@@ -252,9 +256,7 @@ def _field_names() -> set[str]:
 
 def _unknown_message(name: str, kind: str) -> str:
     near = difflib.get_close_matches(name, sorted(_field_names()), n=1)
-    return f"There is no {kind} {name!r}" + (
-        f": did you mean {near[0]!r}?" if near else "; see ctxseg train --help-all."
-    )
+    return f"There is no {kind} {name!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help-all.")
 
 
 def short_help(stream: Any = None) -> None:

@@ -60,7 +60,7 @@ class DilatedBackbone(TimmBackbone):
         """Leave timm's own initialisation as it is, but for buffers, which TimmBackbone makes anew."""
         super()._init_weights(module)
 
-    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
+    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Give the feature maps, shallow to deep, channels first."""
         maps = self._backbone(pixel_values)
         return [
@@ -98,9 +98,9 @@ class DilatedBackbone(TimmBackbone):
             if weights is not None:
                 raise ValueError(f"The weights do not fit the backbone {name!r}: {error}") from error
             raise ConnectionError(
-                f"The pretrained weights of {name!r} could not be fetched from the Hub ({type(error).__name__}): check "
-                "the connection, give a file in timm's names with --backbone_weights FILE.safetensors, or train from "
-                "random weights with --backbone_weights none."
+                f"The pretrained weights of {name!r} could not be fetched from the Hub ({type(error).__name__}): "
+                "check the connection, give a file in timm's names with --backbone_weights FILE.safetensors, or train "
+                "from random weights with --backbone_weights none."
             ) from error
         self._backbone.load_state_dict(source.state_dict())
 
@@ -164,8 +164,9 @@ def _stride_message(config: CtxSegConfig, reached: int | None, cause: Exception 
     found = f" (timm gave stride {reached})" if reached is not None else ""
     able = ", ".join(str(stride) for stride in strides)
     return (
-        f"The backbone {config.backbone!r} cannot reach output_stride {config.output_stride}{found}: it reaches {able}. "
-        f"Set output_stride to one of these, or choose a backbone that can dilate, for example {', '.join(DILATABLE)}."
+        f"The backbone {config.backbone!r} cannot reach output_stride {config.output_stride}{found}: it reaches "
+        f"{able}. Set output_stride to one of these, or choose a backbone that can dilate, for example "
+        f"{', '.join(DILATABLE)}."
     )
 
 

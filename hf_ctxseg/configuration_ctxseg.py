@@ -90,14 +90,15 @@ class CtxSegConfig(PreTrainedConfig):
         elif "num_labels" in kwargs:
             check_number("num_labels", kwargs["num_labels"], 1, float("inf"), int)
         super().__post_init__(**kwargs)
-        if self.label2id is None and self.id2label is not None:
+        if getattr(self, "label2id", None) is None and self.id2label is not None:
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
         self.check_values()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a config from a saved one; `num_labels=…` here replaces the saved names of another number of classes."""
-        if kwargs.get("num_labels", len(config_dict.get("id2label") or ())) != len(config_dict.get("id2label") or ()):
+        """Make a config from a saved one; `num_labels=…` replaces saved names of another number of classes."""
+        saved = len(config_dict.get("id2label") or ())
+        if kwargs.get("num_labels", saved) != saved:
             config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
         return super().from_dict(config_dict, **kwargs)
 

@@ -59,16 +59,18 @@ class DataSplits:
     """What `load_data` found.
 
     Args:
-        train: Samples to train on; None if not asked for.
-        validation: Samples to evaluate on; None if there are none.
+        train: `Samples` to train on; None if not asked for.
+        validation: `Samples` to evaluate on; None if there are none.
         classes: Names, colours and ignore_index.
         source: Short description without paths: folder name or Hub name.
+        validation_name: What the validation samples are called, for reports.
     """
 
-    train: Samples | None
-    validation: Samples | None
+    train: Any
+    validation: Any
     classes: ClassInfo
     source: str
+    validation_name: str = "validation"
 
 
 def load_data(
@@ -117,10 +119,13 @@ def load_data(
         splits |= {name: partial(_from_files, path, *pair) for name, pair in find_folders(path).items()}
     source = _describe(data, path)
     classes = _find_classes(source, path, labels if labels is not None else names, ignore_index)
+    if eval_split is None and WHOLE not in splits:
+        eval_split = next((name for name in EVAL_SPLITS if name in splits and name != train_split), None)
     train, validation = _choose_splits(splits, source, train_split, eval_split)
     if train is not None and validation is None and eval_fraction:
         train, validation = _hold_out(train, source, eval_fraction, seed)
-    return DataSplits(train, validation, classes, source)
+        eval_split = f"{len(validation)} pictures held out of {train_split}"
+    return DataSplits(train, validation, classes, source, eval_split or "all pictures")
 
 
 def _from_files(root: Path, images: Path, labels: Path) -> Samples:
@@ -161,10 +166,8 @@ def _choose_splits(
             raise ValueError(f"{source} has no splits, so none is named {eval_split!r}; leave --eval_split out.")
         whole = splits[WHOLE]()
         return (None, whole) if train_split is None else (whole, None)
-    if eval_split is None:
-        eval_split = next((name for name in EVAL_SPLITS if name in splits and name != train_split), None)
-        if eval_split is None and train_split is None:
-            raise ValueError(f"{source} has no validation split; name one of {sorted(splits)} with --eval_split.")
+    if eval_split is None and train_split is None:
+        raise ValueError(f"{source} has no validation split; name one of {sorted(splits)} with --eval_split.")
     chosen: list[Samples | None] = []
     for flag, name in (("--train_split", train_split), ("--eval_split", eval_split)):
         if name is not None and name not in splits:

@@ -65,10 +65,10 @@ class _Painter:
         colors = _scene_colors(rng)
         self.sky, self.grass, self.road, self.colors = colors[0], colors[1], colors[2], colors[3:]
         self.light = 1.0 if rng.random() < 0.5 else -1.0
-        self.horizon = height * self.uniform(0.32, 0.40)
+        self.horizon = height * self.uniform(0.33, 0.40)
         self.slope = self.uniform(-0.07, 0.07) * height / width
-        self.road_top = height * self.uniform(0.54, 0.60)
-        self.road_bottom = self.road_top + height * self.uniform(0.21, 0.25)
+        self.road_top = height * self.uniform(0.53, 0.57)
+        self.road_bottom = self.road_top + height * self.uniform(0.23, 0.27)
         image, label = self._background()
         self.image, self.label = Image.fromarray(image), Image.fromarray(label)
         self.draw, self.draw_label = ImageDraw.Draw(self.image, "RGBA"), ImageDraw.Draw(self.label)
@@ -108,14 +108,14 @@ class _Painter:
         self._details()
         u, road, front = self.unit, (self.road_top, self.road_bottom), self.road_bottom + 3 * self.unit
         near = (front, max(front, self.height - 2 * u))
-        things = self._places((TREE, HOUSE, TREE), int(self.rng.integers(4, 6)), self.horizon + 9 * u, road[0] - u)
+        things = self._places((TREE, HOUSE, TREE), int(self.rng.integers(3, 5)), self.horizon + 9 * u, road[0] - u)
         things += self._places((CAR,), int(self.rng.integers(1, 3)), road[0] + 18 * u, road[1] - 4 * u)
-        things += self._places((PERSON, BALL), int(self.rng.integers(2, 5)), *near)
+        things += self._places((PERSON, BALL), int(self.rng.integers(2, 4)), *near)
         draw = {HOUSE: self._house, TREE: self._tree, CAR: self._car, PERSON: self._person, BALL: self._ball}
         for y, x, kind in sorted(things):
             depth = (y - self.horizon) / (self.height - self.horizon)
             self.kind, self.x, self.y = kind, x, y + self.slope * (x - self.width / 2)
-            self.scale = u * (1 + 0.5 * depth) * self.uniform(0.87, 1.15)
+            self.scale = u * (1.15 + 0.5 * depth) * self.uniform(0.88, 1.14)
             draw[kind]()
         if self.rng.random() < 0.35:  # the shadow of something outside the picture
             left, wide, lean = self.uniform(-0.1, 0.8), self.uniform(0.15, 0.4), self.uniform(-0.3, 0.3)
@@ -142,7 +142,7 @@ class _Painter:
         y = np.arange(height, dtype=np.float32)[:, None]
         x = np.arange(width, dtype=np.float32)[None, :] - width / 2
         tilt, waves = self.slope * x, x * (2 * math.pi / (256 * self.unit))
-        hills = tilt - 8 * self.unit * np.sin(waves * self.uniform(0.6, 1.6) + self.uniform(0, 6)) + self.horizon
+        hills = tilt - 6 * self.unit * np.sin(waves * self.uniform(0.6, 1.6) + self.uniform(0, 6)) + self.horizon
         meadow = tilt + 5 * self.unit * (1 + np.sin(waves * self.uniform(1, 2) + self.uniform(0, 6))) + self.horizon
         is_sky, is_hill = y < np.minimum(hills, meadow), y < meadow
         is_road = (y > self.road_top + tilt) & (y < self.road_bottom + tilt)
@@ -245,9 +245,9 @@ class _Painter:
                 self.ellipse(x, y, 0.88 * reach / count, 0.6 * tall / rows, _scaled(color, self.uniform(0.86, 1.1)))
 
     def _tree(self) -> None:
-        trunk, color, tall, half = _scaled(self.pick(), 0.55), self.pick(), self.uniform(50, 70), self.uniform(21, 28)
+        trunk, color, tall, half = _scaled(self.pick(), 0.55), self.pick(), self.uniform(46, 62), self.uniform(22, 28)
         self.shadow(half)
-        self.polygon([(-6, 0), (6, 0), (5, 0.5 * tall), (-5, 0.5 * tall)], trunk)
+        self.polygon([(-8, 0), (8, 0), (6, 0.5 * tall), (-6, 0.5 * tall)], trunk)
         if self.rng.random() < 0.4:
             self._skirts(0.16 * tall, 0.84 * tall, half, color)
             return
@@ -261,18 +261,18 @@ class _Painter:
             angle, reach, r = self.uniform(0, 2 * math.pi), math.sqrt(self.rng.random()), self.uniform(1.4, 2.9)
             dx, dy = math.cos(angle) * reach, math.sin(angle) * reach
             lit = 0.94 + 0.15 * (self.light * dx + dy) + self.uniform(-0.12, 0.12)
-            self.ellipse(dx * half, middle + dy * half, r, 0.75 * r, _scaled(color, lit))
+            self.ellipse(0.9 * dx * half, middle + 0.85 * dy * half, r, 0.75 * r, _scaled(color, lit))
 
     def _skirts(self, bottom: float, tall: float, half: float, color: Color) -> None:
         """A conifer's crown: overlapping skirts of needles, each with a jagged lower edge."""
-        for tier in range(4):
-            low, reach = bottom + 0.22 * tall * tier, half * (1 - 0.2 * tier)
-            edge = [(i / 6 - 1, low + tall * 0.05 * (i % 2 + abs(i / 6 - 1))) for i in range(13)]
-            top = low + 0.34 * tall
-            self.polygon([(0, top), *((share * reach, y) for share, y in edge)], _scaled(color, 0.7 + 0.08 * tier))
-            for _ in range(22):
+        for tier in range(3):
+            low, reach = bottom + 0.26 * tall * tier, half * (1 - 0.22 * tier)
+            edge = [(i / 6 - 1, low + tall * 0.035 * (i % 2 + abs(i / 6 - 1))) for i in range(13)]
+            top = low + 0.48 * tall
+            self.polygon([(0, top), *((share * reach, y) for share, y in edge)], _scaled(color, 0.72 + 0.1 * tier))
+            for _ in range(30):
                 depth, share, n = 0.85 * math.sqrt(self.rng.random()), self.uniform(-0.8, 0.8), 0.05 * tall
-                x, y = share * reach * depth, top - 0.34 * tall * depth
+                x, y = share * reach * depth, top - 0.48 * tall * depth
                 lit = self.uniform(0.85, 1.15) + 0.12 * self.light * share
                 self.polygon([(x, y), (x + share * n, y - n), (x + (0.3 + share) * n, y - n)], _scaled(color, lit))
 
@@ -300,10 +300,10 @@ class _Painter:
     def _person(self) -> None:
         """A child: two legs with shoes, arms with hands, a shirt with or without stripes, a head with hair."""
         shirt, trousers, hair = self.pick(), _scaled(self.pick(), 0.75), _scaled(self.pick(), 0.4)
-        skin, stride = _mixed((120, 78, 55), (245, 205, 175), self.rng.random()), self.uniform(0, 3)
+        skin, stride = _mixed((120, 78, 55), (245, 205, 175), self.rng.random()), self.uniform(0, 2)
         self.shadow(13)
         for side in (-1.0, 1.0):
-            hip, foot, hand = side * 5, side * (5.5 + stride), side * self.uniform(14, 18)
+            hip, foot, hand = side * 5, side * (5.5 + stride), side * self.uniform(12, 15)
             leg = [(hip - 6, 24), (hip + 6, 24), (foot + 5, 2), (foot - 5, 2)]
             self.polygon(leg, _scaled(trousers, 1 + 0.07 * side * self.light))
             self.ellipse(foot + side, 2.5, 6, 3, _DARK)

@@ -64,10 +64,8 @@ def evaluate(
             "score it on data of its own classes, or name them with --labels."
         )
     classes = replace(loaded.classes, palette=predictor.palette)
-    split_name = split or "validation"
+    split_name = loaded.validation_name
     samples = loaded.validation
-    if samples is None:
-        raise ValueError(f"{loaded.source} has no validation split: name one with --split.")
     scan_labels(samples, classes, split=split_name)
     folder = Path(output_dir) if output_dir is not None else Path(model) / f"eval-{split_name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +83,7 @@ def evaluate(
     metrics = {
         "model": describe_model(predictor.model, None),
         "data": {"source": loaded.source},
-        "evaluation": describe_evaluation(trainer, split_name, trainer.evaluation_seconds),
+        "evaluation": describe_evaluation(trainer, split_name),
         "versions": versions(),
     }
     if trainer.is_world_process_zero():

@@ -164,7 +164,8 @@ class CtxSegImageProcessor(TorchvisionBackend):
         logits = outputs.logits
         if target_sizes is not None and len(target_sizes) != len(logits):
             raise ValueError(
-                f"There are {len(target_sizes)} target_sizes for {len(logits)} pictures: give one (height, width) each."
+                f"There are {len(target_sizes)} target_sizes for {len(logits)} pictures: "
+                "give one (height, width) for each."
             )
         results: list[Any] = []
         for index, scores in enumerate(logits):

@@ -88,7 +88,7 @@ def scores(matrix: NDArray[Any]) -> dict[str, Any]:
     }
 
 
-class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate carries no types
+class MeanIoU(evaluate.Metric):
     """Mean IoU as an `evaluate` metric that holds nothing but a confusion matrix.
 
     Used like any metric (`add`, `add_batch`, `compute`), but it writes no file and needs no network, and its memory

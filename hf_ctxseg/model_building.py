@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import AutoConfig, AutoImageProcessor
 
@@ -114,6 +113,6 @@ def _renew_classifiers(model: CtxSegForSemanticSegmentation) -> set[str]:
     if model.auxiliary_head is not None:
         heads["auxiliary_head.classifier"] = model.auxiliary_head.classifier
     for head in heads.values():
-        torch.nn.init.normal_(head.weight, std=0.01)
-        torch.nn.init.zeros_(head.bias)
+        for module in head.modules():
+            model._init_weights(module)
     return {f"{name}.{kind}" for name in heads for kind in ("weight", "bias")}

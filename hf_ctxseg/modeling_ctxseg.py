@@ -5,7 +5,7 @@ FCN head on the last but one stage (Zhao et al., arXiv 1612.01105, section 3.3).
 those of transformers' own models do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,7 +57,7 @@ class FCNHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Give the auxiliary logits."""
-        return self.classifier(self.dropout(self.conv(features)))  # type: ignore[no-any-return]
+        return self.classifier(self.dropout(self.conv(features)))
 
 
 class CtxSegPreTrainedModel(PreTrainedModel):
@@ -109,7 +109,7 @@ class CtxSegPreTrainedModel(PreTrainedModel):
 class CtxSegModel(CtxSegPreTrainedModel):
     """Backbone and context head; a subclass names its `config_class` and `head_class`."""
 
-    head_class: ClassVar[type[ContextHead]]
+    head_class: ClassVar[Callable[..., ContextHead]]
     # The base model opens checkpoints of the segmentation model.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^classifier\.", r"^auxiliary_head\."]
 

@@ -7,6 +7,7 @@ batch normalisation, are concatenated and projected by a 1×1 convolution. The b
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,15 +87,14 @@ class ASPP(nn.Module):
         norm_momentum: float = 0.1,
     ) -> None:
         super().__init__()
-        norm = {"norm_eps": norm_eps, "norm_momentum": norm_momentum}
+        layer = partial(ConvNormAct, norm_eps=norm_eps, norm_momentum=norm_momentum)
         self.atrous_rates = tuple(atrous_rates)
-        self.branches = nn.ModuleList([ConvNormAct(in_channels, out_channels, **norm)])
-        self.branches.extend(
-            ConvNormAct(in_channels, out_channels, kernel_size=3, dilation=rate, **norm) for rate in atrous_rates
-        )
-        self.image_pooling = ConvNormAct(in_channels, out_channels, **norm) if image_pooling else None
+        self.warned_about_rates = False
+        self.branches = nn.ModuleList([layer(in_channels, out_channels)])
+        self.branches.extend(layer(in_channels, out_channels, kernel_size=3, dilation=rate) for rate in atrous_rates)
+        self.image_pooling = layer(in_channels, out_channels) if image_pooling else None
         width = out_channels * (len(self.branches) + int(image_pooling))
-        self.projection = ConvNormAct(width, out_channels, **norm)
+        self.projection = layer(width, out_channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Give the context features of one map."""
@@ -105,12 +105,13 @@ class ASPP(nn.Module):
             pooled = self.image_pooling(features.mean(dim=(2, 3), keepdim=True))  # (B, out_channels, 1, 1)
             branches.append(pooled.expand(-1, -1, *features.shape[-2:]))
         joined = torch.cat(branches, dim=1)  # (B, out_channels * branches, h, w)
-        return self.projection(joined)  # type: ignore[no-any-return]
+        return self.projection(joined)
 
     def _warn_about_large_rates(self, height: int, width: int) -> None:
         large = [rate for rate in self.atrous_rates if rate >= min(height, width)]
-        if large:
-            logger.warning_once(
+        if large and not self.warned_about_rates:
+            self.warned_about_rates = True  # once for a model, not for every size of picture
+            logger.warning(
                 f"The atrous rates {large} reach over the whole feature map ({height}×{width}): these branches look "
                 "at little or nothing but their own position. Use larger pictures, a smaller output_stride, or "
                 "smaller atrous_rates."
@@ -133,7 +134,7 @@ class DeepLabV3Head(ContextHead):
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Give the context features (B, hidden_size, h, w) of the deepest level."""
-        return self.aspp(features[-1])  # type: ignore[no-any-return]
+        return self.aspp(features[-1])
 
 
 class DeepLabV3Model(CtxSegModel):

@@ -1,4 +1,4 @@
-"""What a run says of itself: `metrics.json`, the table of classes, the figures and the card, all from measured facts."""
+"""What a run says of itself: `metrics.json`, the table of classes, the figures and the card."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -59,13 +59,15 @@ def _describe_data(data: DataSplits, arguments: DataArguments, statistics: Label
     }
 
 
-def describe_evaluation(trainer: SegmentationTrainer, split: str, seconds: float | None) -> dict[str, Any]:
+def describe_evaluation(trainer: SegmentationTrainer, split: str) -> dict[str, Any]:
     """The part `evaluation` of `metrics.json`: the last scores, and the protocol beside them."""
     scores, names = trainer.scores.last, trainer.classes.names
     if not scores:
         return {}
     processor = trainer.processing_class
-    size = f"scaled to a longest edge of {processor.size.max_height} pixels" if processor.do_resize else "as they are"
+    size = (
+        f"scaled to a longest edge of {processor.size['max_height']} pixels" if processor.do_resize else "as they are"
+    )
     return {
         "split": split,
         "protocol": (
@@ -76,7 +78,7 @@ def describe_evaluation(trainer: SegmentationTrainer, split: str, seconds: float
         **{name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy", "loss")},
         "per_category_iou": dict(zip(names, scores["per_category_iou"], strict=True)),
         "per_category_accuracy": dict(zip(names, scores["per_category_accuracy"], strict=True)),
-        "seconds": seconds,
+        "seconds": trainer.evaluation_seconds,
     }
 
 
@@ -112,9 +114,7 @@ def describe_run(
             "device": device_name(training),
             "init_from": model_arguments.model_name_or_path,
         },
-        "evaluation": describe_evaluation(
-            trainer, data_arguments.eval_split or "validation", trainer.evaluation_seconds
-        ),
+        "evaluation": describe_evaluation(trainer, data.validation_name),
         "versions": versions(),
     }
 

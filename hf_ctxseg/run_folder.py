@@ -106,6 +106,7 @@ def write_class_table(path: Path, names: Sequence[str], scores: Mapping[str, Any
 
 
 def without_nan(value: Any) -> Any:
+    """Put None in the place of NaN and infinities, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

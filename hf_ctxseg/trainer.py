@@ -56,6 +56,8 @@ class SegmentationTrainer(Trainer):
         self.scores = _StreamedScores(classes)
         self.evaluation_seconds: float | None = None
         self.scored_step: int | None = None
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
         super().__init__(
             model=model,
             args=args,
@@ -72,7 +74,7 @@ class SegmentationTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Four groups: backbone and the rest at its multiple of the rate, with and without weight decay."""
-        if self.optimizer is None:
+        if getattr(self, "optimizer", None) is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(self._parameter_groups(), **options)
         return self.optimizer
@@ -176,7 +178,7 @@ class _StreamedScores:
         return {name: value for name, value in self.last.items() if isinstance(value, float)}
 
 
-class ConsoleCallback(TrainerCallback):  # type: ignore[misc]
+class ConsoleCallback(TrainerCallback):
     """One plain line for each log and a table for each evaluation."""
 
     def __init__(self, classes: ClassInfo) -> None:
@@ -260,7 +262,9 @@ def _logits(model: nn.Module, pictures: Sequence[torch.Tensor]) -> list[torch.Te
 
 def _freeze_norms(model: CtxSegForSemanticSegmentation, part: str) -> list[nn.Module]:
     roots: dict[str, list[nn.Module]] = {"none": [], "backbone": [model.backbone], "all": [model]}
-    norms = [module for root in roots[part] for module in root.modules() if isinstance(module, _BatchNorm)]
+    norms: list[nn.Module] = [
+        module for root in roots[part] for module in root.modules() if isinstance(module, _BatchNorm)
+    ]
     for norm in norms:
         norm.requires_grad_(False)
     return norms

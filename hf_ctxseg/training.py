@@ -63,7 +63,7 @@ def run_training(
         say: Where lines for the user go.
     """
     model_arguments, data_arguments, training_arguments = arguments
-    run = Path(training_arguments.output_dir)
+    run = Path(str(training_arguments.output_dir))
     is_main = training_arguments.process_index == 0
     tell = say if is_main else _silent
     if training_arguments.resume and is_finished(run):
@@ -143,14 +143,16 @@ def _make_trainer(
     training: CtxSegTrainingArguments,
 ) -> SegmentationTrainer:
     height, width = arguments.crop_size[0], arguments.crop_size[-1]
+    fill = [round(255 * mean) for mean in processor.image_mean]
     transform = training_transform(
         (height, width),
         scale=(arguments.scale[0], arguments.scale[1]),
         max_class_ratio=arguments.max_class_ratio,
         ignore_index=data.classes.ignore_index,
-        image_fill=tuple(round(255 * mean) for mean in processor.image_mean),
+        image_fill=(fill[0], fill[1], fill[2]),
     )
-    longest_edge = processor.size.max_height if processor.do_resize else None
+    size: Any = processor.size  # a checkpoint's processor may bring its own
+    longest_edge = size["max_height"] if processor.do_resize else None
     return SegmentationTrainer(
         model,
         training,
