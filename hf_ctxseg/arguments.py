@@ -152,6 +152,8 @@ class CtxSegTrainingArguments(TrainingArguments):
                 self.max_steps = 600
         if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+        if self.label_smoothing_factor != 0:
+            raise ValueError("label_smoothing_factor is of no effect on pixel labels: leave it out.")
         if self.dataloader_num_workers == 0:
             self.dataloader_persistent_workers = False
         self.remove_unused_columns, self.batch_eval_metrics = False, True

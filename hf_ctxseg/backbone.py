@@ -82,8 +82,7 @@ class DilatedBackbone(TimmBackbone):
         overlay: dict[str, Any] = {}
         if weights is not None:
             state_dict = read_weights(weights) if isinstance(weights, (str, Path)) else dict(weights)
-            self._refuse_foreign(state_dict, weights)
-            overlay = {"state_dict": state_dict}
+            overlay = {"state_dict": self._select(state_dict, weights)}
         name = self.config.backbone
         try:
             source = timm.create_model(
@@ -104,17 +103,22 @@ class DilatedBackbone(TimmBackbone):
             ) from error
         self._backbone.load_state_dict(source.state_dict())
 
-    def _refuse_foreign(self, state_dict: Mapping[str, torch.Tensor], weights: Any) -> None:
+    def _select(self, state_dict: Mapping[str, torch.Tensor], weights: Any) -> dict[str, torch.Tensor]:
+        """Give the tensors that this backbone has; timm flattens some names: `stages.0` becomes `stages_0`."""
+        wanted = {key.replace(".", "_"): key for key in self._backbone.state_dict()}
+        selected = {key: value for key, value in state_dict.items() if key.replace(".", "_") in wanted}
         # timm loads features with strict=False: a file of another network would pass in silence.
-        wanted = [key for key in self._backbone.state_dict() if not key.endswith("num_batches_tracked")]
-        plain = {key.replace(".", "_") for key in state_dict}
-        missing = [key for key in wanted if key.replace(".", "_") not in plain]
+        found = {key.replace(".", "_") for key in selected}
+        missing = [
+            key for plain, key in wanted.items() if plain not in found and not key.endswith("num_batches_tracked")
+        ]
         if missing:
             origin = str(weights) if isinstance(weights, (str, Path)) else "the state dict"
             raise ValueError(
                 f"{origin} lacks {len(missing)} of the {len(wanted)} tensors of the backbone "
                 f"{self.config.backbone!r} (first: {', '.join(missing[:3])}): give weights in timm's names for it."
             )
+        return selected
 
 
 def _timm_config(config: CtxSegConfig, levels: Sequence[int], output_stride: int | None) -> TimmBackboneConfig:

@@ -35,8 +35,8 @@ meta.json, labels.txt or --labels), a parquet file or folder, or the name of a d
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; give the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = ("--debug" in arguments and arguments[:1] != ["train"]) or arguments[-1:] == ["--debug"]
-    arguments = arguments[:-1] if arguments[-1:] == ["--debug"] else arguments
+    debug = arguments[:1] == ["--debug"]
+    arguments = arguments[debug:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
         return _usage(arguments)
     _quiet()
@@ -64,7 +64,10 @@ def _usage(arguments: Sequence[str]) -> int:
             f"ctxseg: there is no verb {arguments[0]!r}" + (f": did you mean {near[0]!r}?" if near else "."),
             file=stream,
         )
-    print("usage: ctxseg VERB …  (ctxseg VERB --help shows an example first)\n", file=stream)
+    print(
+        "usage: ctxseg VERB …  (ctxseg VERB --help shows an example first; ctxseg --debug VERB … shows traces)\n",
+        file=stream,
+    )
     for verb, what in VERBS.items():
         print(f"  {verb:<8} {what}", file=stream)
     return 0 if asked else 2

@@ -119,12 +119,8 @@ class _Painter:
             draw[kind]()
         if self.rng.random() < 0.35:  # the shadow of something outside the picture
             left, wide, lean = self.uniform(-0.1, 0.8), self.uniform(0.15, 0.4), self.uniform(-0.3, 0.3)
-            across = [
-                (left, road[0]),
-                (left + wide, road[0]),
-                (left + wide + lean, self.height),
-                (left + lean, self.height),
-            ]
+            across = [(left, road[0]), (left + wide, road[0]), (left + wide + lean, self.height)]
+            across.append((left + lean, self.height))
             self.draw.polygon([(x * self.width, y) for x, y in across], fill=(10, 10, 40, 70))
 
     def _places(self, kinds: Sequence[int], count: int, top: float, bottom: float) -> list[tuple[float, float, int]]:
@@ -157,7 +153,11 @@ class _Painter:
         near = np.clip((y - self.horizon) / (height - self.horizon), 0, 1)
         texture = np.where(is_road, 0.05 * grain * np.abs(grain), blades * (0.022 + 0.03 * near) + 0.05 * patches)
 
-        low, far, rise = _mixed(self.sky, _WHITE, 0.5), _mixed(self.grass, self.sky, 0.3), y / self.horizon
+        low, far, rise = (
+            _mixed(self.sky, _WHITE, 0.55),
+            _scaled(_mixed(self.grass, self.sky, 0.25), 0.92),
+            y / self.horizon,
+        )
         image = np.empty((height, width, 3), dtype=np.float32)
         for c in range(3):
             grass = np.where(is_hill, far[c], self.grass[c] * (0.92 + 0.13 * near))
@@ -169,11 +169,8 @@ class _Painter:
         veil = Image.new("L", (self.width, math.ceil(self.horizon)))
         draw = ImageDraw.Draw(veil)
         for _ in range(int(self.rng.integers(2, 5))):
-            x, y, size = (
-                self.uniform(0, self.width),
-                self.uniform(0.1, 0.7) * self.horizon,
-                self.uniform(10, 20) * self.unit,
-            )
+            x, y = self.uniform(0, self.width), self.uniform(0.1, 0.7) * self.horizon
+            size = self.uniform(10, 20) * self.unit
             for _ in range(7):
                 cx, r = x + self.uniform(-1.4, 1.4) * size, self.uniform(0.35, 0.75) * size
                 draw.ellipse((cx - r, y - 0.6 * r, cx + r, y + 0.35 * r), fill=150)
@@ -185,10 +182,7 @@ class _Painter:
         """Kerbs and the broken line of the road, flowers in the grass."""
         self.kind, middle = ROAD, (self.road_top + self.road_bottom) / 2
         u, dash = self.unit, 16 * self.unit
-        strips = [
-            (0.0, float(self.width), self.road_top, 3 * u),
-            (0.0, float(self.width), self.road_bottom - 3 * u, 3 * u),
-        ]
+        strips = [(0.0, float(self.width), top, 3 * u) for top in (self.road_top, self.road_bottom - 3 * u)]
         strips += [(x, x + dash, middle - u, 2.5 * u) for x in np.arange(-self.uniform(0, 30) * u, self.width, 30 * u)]
         for i, (left, right, top, thick) in enumerate(strips):
             a, b = (self.slope * (x - self.width / 2) + top for x in (left, right))
@@ -285,9 +279,9 @@ class _Painter:
         def panel(corners: Sequence[Point], color: Color) -> None:
             self.polygon([(x * long, y * tall) for x, y in corners], color)
 
-        hood = [(0.45, 0.63), (0.9, 0.56), (1, 0.45), (1, 0.2)]
-        panel([(-1, 0.2), (-1, 0.55), (-0.9, 0.62), (-0.72, 0.64), (-0.5, 1), (0.15, 1), *hood], body)
-        panel([(-1, 0.2), (-1, 0.36), (1, 0.36), (1, 0.2)], _scaled(body, 0.72))
+        hood = [(0.45, 0.63), (0.9, 0.56), (1, 0.45), (1, 0.12)]
+        panel([(-1, 0.12), (-1, 0.55), (-0.9, 0.62), (-0.72, 0.64), (-0.5, 1), (0.15, 1), *hood], body)
+        panel([(-1, 0.12), (-1, 0.32), (1, 0.32), (1, 0.12)], _scaled(body, 0.72))
         panel([(-0.62, 0.66), (-0.45, 0.92), (-0.2, 0.92), (-0.2, 0.66)], glass)
         panel([(-0.13, 0.66), (-0.13, 0.92), (0.11, 0.92), (0.34, 0.66)], glass)
         panel([(-0.18, 0.25), (-0.18, 0.62), (-0.155, 0.62), (-0.155, 0.25)], _scaled(body, 0.6))

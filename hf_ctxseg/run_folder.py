@@ -46,7 +46,12 @@ def prepare_run(run: Path, *, resume: bool) -> Path | None:
         raise ValueError(f"output_dir {run} cannot be written ({error.strerror}): choose another folder.") from error
     if not os.access(run, os.W_OK):
         raise ValueError(f"output_dir {run} cannot be written (no permission): choose another folder.")
-    complete = [path for path in checkpoints if _is_complete(path)]
+    return newest_checkpoint(run)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, or None."""
+    complete = [path for path in sorted(run.glob("checkpoint-*"), key=_step) if _is_complete(path)]
     return complete[-1] if complete else None
 
 

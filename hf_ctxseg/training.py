@@ -16,7 +16,7 @@ from .label_scan import LabelStatistics, scan_labels, write_contact_sheet
 from .model_building import build_model
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .report import describe_run, device_name, farewell, precision, write_report
-from .run_folder import is_finished, prepare_run, save_model, write_arguments
+from .run_folder import is_finished, newest_checkpoint, prepare_run, save_model, write_arguments
 from .trainer import SegmentationTrainer
 
 
@@ -73,9 +73,9 @@ def run_training(
     model, processor, origin = build_model(model_arguments, data_arguments, data.classes, tell)
     with training_arguments.main_process_first(desc="label scan"):
         statistics = _scan(data, data_arguments, tell if is_main else None)
-        checkpoint = _prepare(run, training_arguments, data, given) if is_main else None
-    if not is_main:
-        checkpoint = prepare_run(run, resume=True)
+        checkpoint = _prepare(run, arguments, data, given) if is_main else None
+    if not is_main and training_arguments.resume:
+        checkpoint = newest_checkpoint(run)
     trainer = _make_trainer(model, processor, data, data_arguments, training_arguments)
     tell(_plan(trainer, model, data, checkpoint))
     if data_arguments.dry_run:
@@ -125,13 +125,15 @@ def _scan(data: DataSplits, arguments: DataArguments, tell: Callable[[str], None
     return statistics
 
 
-def _prepare(run: Path, arguments: CtxSegTrainingArguments, data: DataSplits, given: dict[str, Any]) -> Path | None:
-    checkpoint = prepare_run(run, resume=arguments.resume)
+def _prepare(run: Path, arguments: Arguments, data: DataSplits, given: dict[str, Any]) -> Path | None:
+    _, data_arguments, training = arguments
+    checkpoint = prepare_run(run, resume=training.resume)
     written = {name: value for name, value in given.items() if name not in ("resume", "dry_run")}
     if not isinstance(written["data"], (str, Path)):
         written["data"] = data.source
-    write_arguments(run, written)
     write_contact_sheet(data.train, data.classes, run / "contact_sheet.png")
+    if not data_arguments.dry_run:
+        write_arguments(run, written)
     return checkpoint
 
 
