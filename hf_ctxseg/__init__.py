@@ -21,6 +21,7 @@ from .modeling_deeplabv3 import ASPP, DeepLabV3Config, DeepLabV3ForSemanticSegme
 from .registry import MODELS, register
 
 if TYPE_CHECKING:
+    from .evaluation import evaluate
     from .inference import Prediction, predict
     from .metrics import MeanIoU
     from .publishing import push
@@ -33,6 +34,7 @@ register(DeepLabV3Config, DeepLabV3Model, DeepLabV3ForSemanticSegmentation)
 _LAZY = {
     "MeanIoU": "metrics",
     "Prediction": "inference",
+    "evaluate": "evaluation",
     "predict": "inference",
     "push": "publishing",
     "train": "training",
@@ -60,6 +62,7 @@ __all__ = [
     "DeepLabV3Model",
     "MeanIoU",
     "Prediction",
+    "evaluate",
     "predict",
     "push",
     "register",

@@ -1,16 +1,16 @@
 """The arguments of training: three dataclasses that flags, a YAML file and `hf_ctxseg.train(...)` all fill."""
 
-import argparse
 import difflib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 
 @dataclass
@@ -152,16 +152,37 @@ class CtxSegTrainingArguments(TrainingArguments):
                 self.max_steps = 600
         if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
-        if self.label_smoothing_factor != 0:
-            raise ValueError("label_smoothing_factor is of no effect on pixel labels: leave it out.")
+        self._refuse_unusable()
         if self.dataloader_num_workers == 0:
             self.dataloader_persistent_workers = False
         self.remove_unused_columns, self.batch_eval_metrics = False, True
         super().__post_init__()
+        for name in self.report_to or []:
+            if name not in (available := get_available_reporting_integrations()):
+                raise ValueError(
+                    f"report_to names {name!r}, but this tracker is not installed: install its package, or choose "
+                    f"from none{', '.join(['', *available])}."
+                )
+
+    def _refuse_unusable(self) -> None:
+        if self.freeze_batch_norm not in ("none", "backbone", "all"):
+            raise ValueError(f"freeze_batch_norm is {self.freeze_batch_norm!r}, but must be none, backbone or all.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError("label_smoothing_factor is of no effect on pixel labels: leave it out.")
+        if self.resume_from_checkpoint:
+            raise ValueError("resume_from_checkpoint is not taken: --resume continues the run in output_dir.")
+        if self.push_to_hub:
+            raise ValueError("push_to_hub is not taken: publish the finished run with `ctxseg push`.")
 
 
 Arguments = tuple[ModelArguments, DataArguments, CtxSegTrainingArguments]
 _CLASSES = (ModelArguments, DataArguments, CtxSegTrainingArguments)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise; argparse would print every flag there is before the message."""
+        raise ValueError(f"{message}; see {self.prog} --help.")
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, dict[str, Any]]:
@@ -172,9 +193,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, dict[str, Any]]:
 
     Raises:
         ValueError: If the file is missing or has an unknown key, or a value is out of range.
-        SystemExit: If a flag is unknown (argparse prints which).
+        SystemExit: After `--help` has been printed.
     """
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config = _Parser([], prog="ctxseg train", add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     path, flags = config.parse_known_args(list(argv))
     given = read_yaml(path.config) if path.config else {}
@@ -183,7 +204,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, dict[str, Any]]:
     named = {name if name in names else name.removeprefix("no_") for name in named}
     if unknown := sorted(named - names - {"help"}):
         raise ValueError(_unknown_message(unknown[0], "flag"))
-    parser = HfArgumentParser(_CLASSES, prog="ctxseg train", allow_abbrev=False)
+    parser = _Parser(_CLASSES, prog="ctxseg train", allow_abbrev=False)
     values = vars(parser.parse_args([*_as_flags(given), *flags]))
     given = {name: values[name] for name in [*given, *sorted(named - set(given))]}
     return _build(given), given
@@ -205,7 +226,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as YAML: {error}") from error
+        raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, but must hold lines of the form `name: value`.")
     for name in content:
@@ -220,7 +241,9 @@ def _as_flags(given: dict[str, Any]) -> list[str]:
     for name, value in given.items():
         if value is None:
             continue
-        if isinstance(value, list):
+        if name == "labels" and isinstance(value, list):
+            flags += ["--labels", ",".join(map(str, value))]
+        elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:
             flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
@@ -233,8 +256,16 @@ def _build(given: dict[str, Any]) -> Arguments:
         names = {item.name for item in fields(kind) if item.init}
         built.append(kind(**{name: value for name, value in given.items() if name in names}))
     model_arguments, data_arguments, training_arguments = built
+    _check_pictures(model_arguments)
     _check(data_arguments)
     return model_arguments, data_arguments, training_arguments  # type: ignore[return-value]
+
+
+def _check_pictures(arguments: Any) -> None:
+    for name in ("image_mean", "image_std"):
+        value = getattr(arguments, name)
+        if value is not None and len(value) != 3:
+            raise ValueError(f"{name} is {value}, but must be three numbers, for red, green and blue.")
 
 
 def _check(arguments: Any) -> None:

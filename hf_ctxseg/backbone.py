@@ -36,8 +36,9 @@ class DilatedBackbone(TimmBackbone):
         reductions: Input pixels per step of each returned map.
 
     Shape:
-        input (B, num_channels, H, W), output: a list of (B, C, ceil(H / reduction), ceil(W / reduction)); the deepest
-        last, before it the last but one stage where an auxiliary head needs it.
+        input (B, num_channels, H, W), output: a list of (B, C, ceil(H / reduction), ceil(W / reduction)), rounded down
+        instead by networks with a patch stem such as ConvNeXt; the deepest last, before it the last but one stage
+        where an auxiliary head needs it.
 
     Raises:
         ValueError: If timm does not know the name, or the network cannot reach the output stride.
@@ -46,14 +47,19 @@ class DilatedBackbone(TimmBackbone):
     def __init__(self, config: CtxSegConfig) -> None:
         check_backbone_name(config.backbone)
         levels = [-2, -1] if config.use_auxiliary_head else [-1]
+        arguments = config.backbone_kwargs or {}
         try:
-            super().__init__(_timm_config(config, levels, config.output_stride), **(config.backbone_kwargs or {}))
+            try:
+                super().__init__(_timm_config(config, levels, config.output_stride), **arguments)
+            except TypeError:  # networks without dilation do not know output_stride; theirs may be the one asked for
+                super().__init__(_timm_config(config, levels, None), **arguments)
             reached = self._backbone.feature_info.reduction()[-1]
             cause: Exception | None = None
         except (TypeError, AssertionError, RuntimeError, NotImplementedError, ValueError, IndexError) as error:
             reached, cause = None, error
         if reached != config.output_stride:
             raise ValueError(_stride_message(config, reached, cause)) from cause
+        self.arguments = arguments
         self.reductions: list[int] = list(self._backbone.feature_info.reduction())
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -63,10 +69,9 @@ class DilatedBackbone(TimmBackbone):
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Give the feature maps, shallow to deep, channels first."""
         maps = self._backbone(pixel_values)
-        return [
-            level if level.shape[1] == channels else level.permute(0, 3, 1, 2)  # Swin and others give (B, h, w, C)
-            for level, channels in zip(maps, self.channels, strict=True)
-        ]
+        if getattr(self._backbone, "output_fmt", "NCHW") == "NHWC":  # Swin and others
+            maps = [level.permute(0, 3, 1, 2) for level in maps]  # (B, C, h, w)
+        return list(maps)
 
     def load_backbone_weights(self, weights: str | Path | Mapping[str, torch.Tensor] | None) -> None:
         """Load ImageNet weights into the network as it stands; its stride stays.
@@ -84,6 +89,9 @@ class DilatedBackbone(TimmBackbone):
             state_dict = read_weights(weights) if isinstance(weights, (str, Path)) else dict(weights)
             overlay = {"state_dict": self._select(state_dict, weights)}
         name = self.config.backbone
+        known = timm.get_pretrained_cfg(name)
+        if weights is None and (known is None or not known.has_weights):
+            raise ValueError(f"timm has no pretrained weights for {name!r}: give a file in timm's names, or none.")
         try:
             source = timm.create_model(
                 name,
@@ -92,6 +100,7 @@ class DilatedBackbone(TimmBackbone):
                 features_only=True,
                 in_chans=self.config.num_channels,
                 out_indices=self.config.out_indices,
+                **self.arguments,
             )
         except (OSError, RuntimeError) as error:
             if weights is not None:
@@ -104,8 +113,8 @@ class DilatedBackbone(TimmBackbone):
         self._backbone.load_state_dict(source.state_dict())
 
     def _select(self, state_dict: Mapping[str, torch.Tensor], weights: Any) -> dict[str, torch.Tensor]:
-        """Give the tensors that this backbone has; timm flattens some names: `stages.0` becomes `stages_0`."""
-        wanted = {key.replace(".", "_"): key for key in self._backbone.state_dict()}
+        """Give the tensors that this backbone has; timm's feature networks call `stages.0` `stages_0` or prefix it."""
+        wanted = {key.removeprefix("model.").replace(".", "_"): key for key in self._backbone.state_dict()}
         selected = {key: value for key, value in state_dict.items() if key.replace(".", "_") in wanted}
         # timm loads features with strict=False: a file of another network would pass in silence.
         found = {key.replace(".", "_") for key in selected}
@@ -188,7 +197,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is not a readable weights file: {error}") from error
     except Exception as error:  # torch raises pickle errors of several modules
-        raise ValueError(f"{path} is not a plain state dict: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a plain state dict of tensors ({type(error).__name__}).") from error
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors).")

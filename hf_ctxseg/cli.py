@@ -78,7 +78,7 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    for name in ("timm", "httpx", "accelerate", "huggingface_hub"):
+    for name in ("timm", "httpx", "accelerate", "huggingface_hub", "transformers.modeling_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
@@ -148,7 +148,7 @@ def _print_scores(scores: dict[str, Any], report: str) -> None:
         for name, iou in scores["per_category_iou"].items():
             writer.writerow([name, iou, scores["per_category_accuracy"][name]])
     else:
-        print(score_table(list(scores["per_category_iou"]), scores))
+        print(score_table(scores))
 
 
 def _predict(argv: list[str]) -> int:

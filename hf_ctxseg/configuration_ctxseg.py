@@ -5,7 +5,8 @@ nearest valid name, and each value is checked when the config is made.
 """
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -26,8 +27,12 @@ _TRANSFORMERS_KEYS = {
     "num_labels",
     "output_attentions",
     "torch_dtype",
+    "use_cache",
     "use_return_dict",
 }
+
+# Arguments of timm.create_model that follow from the fields.
+_SET_BY_FIELDS = {"features_only", "in_chans", "out_indices", "output_stride", "pretrained"}
 
 
 def check_number(
@@ -35,7 +40,7 @@ def check_number(
 ) -> None:
     """Raise `ValueError` unless `value` is a number of `kind` (int or float) within `low` and `high`."""
     right_kind = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if right_kind and (low < value if exclusive_low else low <= value) and value <= high:
+    if right_kind and math.isfinite(value) and (low < value if exclusive_low else low <= value) and value <= high:
         return
     bounds = f"{'above' if exclusive_low else 'from'} {low}" + ("" if high == float("inf") else f" to {high}")
     raise ValueError(
@@ -85,22 +90,28 @@ class CtxSegConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         known = {field.name for field in fields(self)}
         self._refuse_unknown(set(kwargs) - known - _TRANSFORMERS_KEYS, known | {"num_labels"})
-        if self.id2label is not None:
-            self._check_labels(self.id2label, kwargs.get("num_labels"))
+        names: Any = getattr(self, "id2label", None)
+        indices: Any = getattr(self, "label2id", None)
+        if names is None and isinstance(indices, Mapping) and indices:
+            names = {index: name for name, index in indices.items()}
+        self.id2label = names
+        if names is not None:
+            self._check_labels(names, indices, kwargs.get("num_labels"))
         elif "num_labels" in kwargs:
             check_number("num_labels", kwargs["num_labels"], 1, float("inf"), int)
         super().__post_init__(**kwargs)
-        if getattr(self, "label2id", None) is None and self.id2label is not None:
-            self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        if indices is None and names is not None:
+            self.label2id = {name: int(index) for index, name in names.items()}
         self.check_values()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a config from a saved one; `num_labels=…` replaces saved names of another number of classes."""
+        """Make a config from a saved one; names or a number of classes given here replace the saved names."""
         saved = len(config_dict.get("id2label") or ())
-        if kwargs.get("num_labels", saved) != saved:
+        given = {key: kwargs.pop(key) for key in ("id2label", "label2id") if kwargs.get(key) is not None}
+        if given or kwargs.get("num_labels", saved) != saved:
             config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict | given, **kwargs)
 
     def _refuse_unknown(self, unknown: Iterable[str], known: Iterable[str]) -> None:
         for key in sorted(unknown):
@@ -115,10 +126,12 @@ class CtxSegConfig(PreTrainedConfig):
         return {field.name for field in fields(self)} - {field.name for field in fields(PreTrainedConfig)}
 
     @staticmethod
-    def _check_labels(id2label: dict[Any, str], num_labels: int | None) -> None:
+    def _check_labels(id2label: Any, label2id: Any, num_labels: int | None) -> None:
+        if not isinstance(id2label, Mapping):
+            raise ValueError(f"id2label is {id2label!r}, but must be a dict of class indices to names.")
         try:
-            ids = sorted(int(key) for key in id2label)
-        except (TypeError, ValueError) as error:
+            ids = sorted(int(str(key)) for key in id2label)
+        except ValueError as error:
             raise ValueError(f"id2label has the keys {list(id2label)}, but they must be class indices.") from error
         if not ids or ids != list(range(len(ids))):
             raise ValueError(f"id2label has the keys {ids}, but must name every class 0 … {len(ids) - 1} once.")
@@ -126,6 +139,11 @@ class CtxSegConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_labels is {num_labels}, but id2label names {len(ids)} classes: give one of the two."
             )
+        names = list(id2label.values())
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise ValueError(f"id2label holds the names {names}, but each class needs a name of its own, as text.")
+        if label2id and dict(label2id) != {name: int(str(index)) for index, name in id2label.items()}:
+            raise ValueError(f"label2id is {label2id}, which contradicts id2label {id2label}: give one of the two.")
 
     def check_values(self) -> None:
         """Check every value; models call it again, since `from_pretrained(..., key=value)` sets keys afterwards.
@@ -137,6 +155,8 @@ class CtxSegConfig(PreTrainedConfig):
             raise ValueError(f"backbone is {self.backbone!r}, but must be the name of a timm model.")
         if self.backbone_kwargs is not None and not isinstance(self.backbone_kwargs, dict):
             raise ValueError(f"backbone_kwargs is {self.backbone_kwargs!r}, but must be a dict or None.")
+        if taken := sorted(_SET_BY_FIELDS & set(self.backbone_kwargs or ())):
+            raise ValueError(f"backbone_kwargs holds {', '.join(taken)}, which the config's fields set: remove it.")
         for name in ("num_channels", "hidden_size", "auxiliary_hidden_size", "output_stride"):
             check_number(name, getattr(self, name), 1, float("inf"), int)
         check_number("norm_eps", self.norm_eps, 0, 1, exclusive_low=True)
@@ -156,6 +176,9 @@ class CtxSegConfig(PreTrainedConfig):
 
     def _check_palette(self) -> None:
         # Another number of classes, given to from_pretrained, leaves the saved colours behind: they are ignored then.
+        if self.palette is not None and not isinstance(self.palette, (list, tuple)):
+            raise ValueError(f"palette is {self.palette!r}, but must be a list of colours or None.")
         for colour in self.palette or []:
-            if len(colour) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in colour):
-                raise ValueError(f"palette holds {colour}, but a colour is three whole numbers from 0 to 255.")
+            values = colour if isinstance(colour, (list, tuple)) and len(colour) == 3 else [None]
+            if not all(type(value) is int and 0 <= value <= 255 for value in values):
+                raise ValueError(f"palette holds {colour!r}, but a colour is three whole numbers from 0 to 255.")

@@ -11,7 +11,9 @@ from .inference import Predictor
 from .label_scan import scan_labels
 from .report import describe_evaluation, describe_model, versions
 from .run_folder import write_json
-from .trainer import SegmentationTrainer
+from .trainer import ConsoleCallback, SegmentationTrainer
+
+DEFAULT_IGNORE_INDEX = 255
 
 
 def evaluate(
@@ -34,10 +36,11 @@ def evaluate(
         data: Folder, parquet, Hub name or loaded `datasets` object, as for training.
         split: The split that is scored; by default the data's validation split.
         labels: Class names, where the data has none; they must be the model's.
-        ignore_index: Label value without a class; by default the data's own, else the model's.
+        ignore_index: Label value without a class; by default the data's own, or the model's where that is 255.
         image_column: Column of the pictures in a table.
         label_column: Column of the label maps in a table.
-        output_dir: Where metrics and a preview grid are written; by default `<model>/eval-<split>`.
+        output_dir: Where metrics and a preview grid are written; by default `<model>/eval-<split>` for a run folder,
+            `<name>-eval-<split>` for a model of the Hub.
         batch_size: Pictures per step and device.
         say: Where lines for the user go.
 
@@ -63,11 +66,14 @@ def evaluate(
             f"The model knows the classes {', '.join(names)}, but the data has {', '.join(loaded.classes.names)}: "
             "score it on data of its own classes, or name them with --labels."
         )
-    classes = replace(loaded.classes, palette=predictor.palette)
+    void = loaded.classes.ignore_index
+    if ignore_index is None and void == DEFAULT_IGNORE_INDEX:
+        void = predictor.model.config.semantic_loss_ignore_index
+    classes = replace(loaded.classes, palette=predictor.palette, ignore_index=void)
     split_name = loaded.validation_name
     samples = loaded.validation
     scan_labels(samples, classes, split=split_name)
-    folder = Path(output_dir) if output_dir is not None else Path(model) / f"eval-{split_name}"
+    folder = Path(output_dir) if output_dir is not None else _default_folder(model, split_name)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = CtxSegTrainingArguments(
         output_dir=str(folder), per_device_eval_batch_size=batch_size, dataloader_num_workers=0, eval_strategy="no"
@@ -79,6 +85,7 @@ def evaluate(
         predictor.processor,
         eval_dataset=EvaluationDataset(samples, predictor.processor),
     )
+    trainer.remove_callback(ConsoleCallback)
     trainer.evaluate()
     metrics = {
         "model": describe_model(predictor.model, None),
@@ -90,3 +97,9 @@ def evaluate(
         write_json(folder / "metrics.json", metrics)
         say(f"Metrics and a preview grid are in {folder}.")
     return metrics
+
+
+def _default_folder(model: str | Path, split: str) -> Path:
+    name = f"eval-{split.replace(' ', '_')}"
+    # A folder called org/name would stand in the way of the Hub's model from then on.
+    return Path(model) / name if Path(model).is_dir() else Path(f"{Path(model).name}-{name}")

@@ -4,6 +4,7 @@ The processor is saved beside the weights, so that the normalisation the backbon
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,8 @@ class CtxSegImageProcessor(TorchvisionBackend):
         """Open file names with Pillow; URLs are not fetched."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, str):
-            return open_image(image_url_or_urls)
+        if isinstance(image_url_or_urls, (str, Path)):
+            return open_image(str(image_url_or_urls))
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs: Any) -> torch.Tensor:
@@ -82,12 +83,27 @@ class CtxSegImageProcessor(TorchvisionBackend):
         if do_convert_rgb:
             if isinstance(image, Image.Image):
                 image = to_rgb(image)
-            elif isinstance(image, np.ndarray) and image.dtype in (np.uint16, np.bool_):
-                image = _to_8_bit(image)
+            elif image.dtype in (np.uint16, torch.uint16, np.bool_, torch.bool):
+                image = to_8_bit(np.asarray(image))
+            elif isinstance(image, np.ndarray) and not image.flags.writeable:
+                image = image.copy()  # torch warns about the views that Pillow gives
         tensor: torch.Tensor = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if do_convert_rgb and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError("The picture holds NaN or infinite values: give finite pixel values.")
         return tensor
+
+    def convert_to_rgb(self, image: torch.Tensor, input_data_format: Any = None) -> torch.Tensor:
+        """Repeat the channel of a grey picture (1, H, W), drop the alpha of (4, H, W)."""
+        return image[:3] if image.shape[0] == 4 else image.expand(3, -1, -1) if image.shape[0] == 1 else image
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
+        images = self.fetch_images(images)
+        several = isinstance(images, (list, tuple))
+        if several and not images:
+            raise ValueError("The list of pictures is empty: give at least one.")
+        if expected_ndims == 3:  # grey arrays (H, W)
+            images = [_with_channel(image) for image in images] if several else _with_channel(images)
+        return super()._prepare_images_structure(images, expected_ndims)
 
     def preprocess(
         self,
@@ -116,6 +132,8 @@ class CtxSegImageProcessor(TorchvisionBackend):
         pictures = self._prepare_image_like_inputs(
             images=images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
         )
+        if kwargs.get("do_rescale"):
+            pictures = [_to_byte_range(picture) for picture in pictures]
         data = {"pixel_values": self._tensors(pictures, kwargs)}
         if segmentation_maps is not None:
             maps = self._prepare_image_like_inputs(
@@ -183,7 +201,7 @@ class CtxSegImageProcessor(TorchvisionBackend):
 
 
 def open_image(path: str) -> Image.Image:
-    """Open a picture file and decode it.
+    """Open a picture file and decode it, upright.
 
     Raises:
         ValueError: If the name is a URL, or the file is no readable picture.
@@ -192,13 +210,12 @@ def open_image(path: str) -> Image.Image:
     if path.startswith(("http://", "https://")):
         raise ValueError(f"{path} is a URL, which is not fetched unasked: download it and give the file's path.")
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)  # decoded, and independent of the file
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no picture {path}: check the path.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable picture ({error}): replace or remove the file.") from error
-    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -209,17 +226,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+        image = Image.fromarray(to_8_bit(np.asarray(image)))
     elif image.mode == "P":
         image = image.convert("RGBA")  # a palette may hold transparency, which a direct conversion warns about
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Bring values of a known range (bool, 0 … 1, 0 … 255, 16-bit) to uint8."""
+def to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Bring values of a known range (bool, 0 … 1, 0 … 255, 16-bit) to uint8.
+
+    Raises:
+        ValueError: If they are not finite, or in no known range.
+    """
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * 255
-    if values.dtype == np.uint16:
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
         return (values.astype(np.uint32) * 255 // 65535).astype(np.uint8)
     if not np.isfinite(values).all():
         raise ValueError("The picture holds NaN or infinite values: give finite pixel values.")
@@ -233,10 +254,26 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     return np.rint(values * scale).astype(np.uint8)
 
 
+def _with_channel(image: Any) -> Any:
+    return image[None] if getattr(image, "ndim", 3) == 2 else image
+
+
+def _to_byte_range(picture: torch.Tensor) -> torch.Tensor:
+    if picture.dtype == torch.uint8:
+        return picture
+    values = picture.float() if picture.is_floating_point() else picture
+    return torch.from_numpy(to_8_bit(values.cpu().numpy())).to(picture.device)
+
+
 def _check_sizes(pictures: Sequence[torch.Tensor], maps: Sequence[torch.Tensor]) -> None:
     if len(pictures) != len(maps):
         raise ValueError(f"There are {len(maps)} label maps for {len(pictures)} pictures: give one each.")
     for picture, label in zip(pictures, maps, strict=True):
+        if label.shape[0] != 1 or (label.is_floating_point() and not torch.equal(label, label.round())):
+            raise ValueError(
+                f"A label map is a {label.dtype} array with {label.shape[0]} channels, but must hold one class index "
+                "per pixel, (height, width): turn colours into indices first."
+            )
         if picture.shape[-2:] != label.shape[-2:]:
             raise ValueError(
                 f"A label map of size {tuple(label.shape[-2:])} was given for a picture of size "

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from .image_processing_ctxseg import CtxSegImageProcessor, open_image, to_rgb
+from .image_processing_ctxseg import CtxSegImageProcessor, open_image, to_8_bit, to_rgb
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .visualization import default_palette, mask_to_image, overlay, with_legend
 
@@ -90,7 +92,7 @@ class Predictor:
             image = open_image(str(image))
         if isinstance(image, np.ndarray):
             pixels = self.processor.process_image(image, do_convert_rgb=True)  # (3, H, W)
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy().astype(np.uint8))
+            image = Image.fromarray(to_8_bit(pixels.permute(1, 2, 0).numpy()))
         picture = to_rgb(image)
         return Prediction(predict_mask(self.model, self.processor, picture), self.names, self.palette, picture)
 
@@ -140,15 +142,22 @@ def load_run(name: str | Path) -> tuple[CtxSegForSemanticSegmentation, CtxSegIma
         ValueError: If it is not there, or not a segmentation model of this package.
     """
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(str(name), use_safetensors=True)
+        model, loaded = AutoModelForSemanticSegmentation.from_pretrained(
+            str(name), use_safetensors=True, output_loading_info=True
+        )
         processor = AutoImageProcessor.from_pretrained(str(name))
     except OSError as error:
         what = "holds no finished model" if Path(name).is_dir() else "is neither a run folder nor a model on the Hub"
         raise ValueError(
             f"{name} {what} ({str(error).splitlines()[0]}): give the folder that training wrote, or org/name."
         ) from error
+    except (ValueError, RuntimeError, SafetensorError) as error:  # a foreign or torn file
+        raise ValueError(f"{name} is no readable model: {str(error).splitlines()[0]}") from error
     if not isinstance(model, CtxSegForSemanticSegmentation):
         raise ValueError(f"{name} holds a {type(model).__name__}, which is not a model of this package.")
+    if loaded["missing_keys"]:
+        first = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise ValueError(f"{name} lacks {len(loaded['missing_keys'])} tensors (first: {first}): train it first.")
     return model, processor
 
 
@@ -164,7 +173,8 @@ def find_pictures(inputs: Sequence[str | Path]) -> Iterator[tuple[Path, Path]]:
     """
     for item in map(Path, inputs):
         if item.is_dir():
-            found = sorted(path for path in item.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            named = (path for path in item.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(path for path in named if not path.is_dir())
             if not found:
                 raise ValueError(f"{item} holds no picture ({', '.join(IMAGE_SUFFIXES)}): give another folder.")
             yield from ((path, path.relative_to(item)) for path in found)
@@ -190,14 +200,12 @@ def predict_files(predictor: Predictor, inputs: Sequence[str | Path], out: Path)
     failed: list[str] = []
     taken: set[Path] = set()
     for path, name in pictures:
-        # a.jpg and a.png side by side keep their suffixes in the names
-        stem = name.with_suffix("")
-        stem = stem.with_name(f"{stem.name}_{name.suffix[1:]}") if stem in taken else stem
+        stem = _free_stem(name, taken)
         taken.add(stem)
         try:
             prediction = predictor(path)
-        except ValueError as error:
-            failed.append(str(error))
+        except (ValueError, OSError) as error:
+            failed.append(str(error) if str(path) in str(error) else f"{path}: {error}")
             continue
         target = out / stem
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -205,3 +213,11 @@ def predict_files(predictor: Predictor, inputs: Sequence[str | Path], out: Path)
         written.append(target.with_name(f"{stem.name}_overlay.png"))
         prediction.overlay.save(written[-1])
     return written, failed
+
+
+def _free_stem(name: Path, taken: set[Path]) -> Path:
+    # a.jpg and a.png side by side: the second becomes a_png, a third of the name a_png_2
+    stem = name.with_suffix("")
+    second = f"{stem.name}_{name.suffix[1:]}"
+    numbered = (stem.with_name(f"{second}_{number}") for number in count(2))
+    return next(path for path in chain([stem, stem.with_name(second)], numbered) if path not in taken)

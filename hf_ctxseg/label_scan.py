@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from transformers.utils import logging
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from .samples import ClassInfo, Samples, read_pair
 from .visualization import contact_sheet
@@ -131,8 +131,14 @@ def _read_all(samples: Samples, split: str, num_workers: int | None, progress: b
     pool = ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1))
     try:
         counts = pool.map(read, range(len(samples)))
-        yield from logging.tqdm(
-            counts, total=len(samples), desc=f"checking {split}", unit=" images", leave=False, disable=not progress
+        # disable=None: only on a terminal
+        yield from tqdm(
+            counts,
+            total=len(samples),
+            desc=f"checking {split}",
+            unit=" images",
+            leave=False,
+            disable=None if progress else True,
         )
     finally:
         pool.shutdown(cancel_futures=True)  # at an interrupt, do not read the rest first

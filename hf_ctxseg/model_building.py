@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig, AutoImageProcessor
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, PreTrainedConfig
 
 from .arguments import DataArguments, ModelArguments
 from .backbone import packaged_weights
 from .configuration_ctxseg import CtxSegConfig
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
-from .registry import find_head, head_name
+from .registry import MODELS, find_head
 from .samples import ClassInfo
 
 
@@ -33,17 +34,16 @@ def build_model(
         if getattr(arguments, name) is not None:
             fields[name] = getattr(arguments, name)
     fields |= _overrides(arguments.config_overrides or [])
+    statistics = {"image_mean": arguments.image_mean, "image_std": arguments.image_std}
+    given: dict[str, Any] = {name: value for name, value in statistics.items() if value is not None}
+    if data_arguments.image_size is not None:
+        given |= _fit(data_arguments.image_size)
     if arguments.model_name_or_path is not None:
-        return _from_checkpoint(arguments.model_name_or_path, fields, classes, tell)
+        return _from_checkpoint(arguments.model_name_or_path, fields, given, classes, tell)
     config_class, _, segmentation_class = find_head(arguments.head)
     config = config_class(backbone=arguments.backbone, **fields)
-    statistics = {"image_mean": arguments.image_mean, "image_std": arguments.image_std}
-    sizes = {} if data_arguments.image_size is None else _fit(data_arguments.image_size)
-    given = {name: value for name, value in statistics.items() if value is not None}
     model, origin = _with_backbone_weights(segmentation_class, config, arguments.backbone_weights)
-    processor = CtxSegImageProcessor.for_backbone(
-        config.backbone, align_corners=config.align_corners, **given, **sizes
-    )
+    processor = CtxSegImageProcessor.for_backbone(config.backbone, align_corners=config.align_corners, **given)
     return model, processor, origin
 
 
@@ -57,7 +57,10 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ValueError(f"config_overrides holds {pair!r}, but each must be name=value, as in hidden_size=128.")
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config_overrides holds {pair!r}, whose value is not readable as YAML.") from error
     return fields
 
 
@@ -75,24 +78,21 @@ def _with_backbone_weights(
 
 
 def _from_checkpoint(
-    name: str, fields: dict[str, Any], classes: ClassInfo, tell: Callable[[str], None]
+    name: str, fields: dict[str, Any], given: dict[str, Any], classes: ClassInfo, tell: Callable[[str], None]
 ) -> tuple[CtxSegForSemanticSegmentation, CtxSegImageProcessor, str]:
     """Start from one of our checkpoints; only layers that name classes may be new."""
+    config_class, model_class = _classes_of(name)
+    saved = config_class.from_pretrained(name)
     try:
-        saved = AutoConfig.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(
-            f"There is no checkpoint {name!r}: give a run folder (with config.json) or the name of a model on the Hub."
-        ) from error
-    if not isinstance(saved, CtxSegConfig):
-        raise ValueError(
-            f"{name} holds a {saved.model_type!r} model, but --model_name_or_path takes checkpoints of this package."
+        model, info = model_class.from_pretrained(
+            name, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **fields
         )
-    model_class = find_head(head_name(type(saved)))[2]
-    model, info = model_class.from_pretrained(
-        name, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **fields
-    )
+        processor = AutoImageProcessor.from_pretrained(name, align_corners=model.config.align_corners, **given)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{name} is no whole checkpoint ({str(error).splitlines()[0]}): give a run folder with model.safetensors "
+            "and preprocessor_config.json."
+        ) from error
     new = {item[0] for item in info["mismatched_keys"]} | set(info["missing_keys"])
     foreign = sorted(key for key in new if not key.startswith(("classifier.", "auxiliary_head.")))
     if foreign:
@@ -105,6 +105,24 @@ def _from_checkpoint(
     if new:
         tell(f"From {name}: all weights but the new {', '.join(sorted(new))}.")
     return model, processor, name
+
+
+def _classes_of(name: str) -> tuple[type[CtxSegConfig], type[CtxSegForSemanticSegmentation]]:
+    try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except OSError as error:
+        raise ValueError(
+            f"There is no checkpoint {name!r} ({str(error).splitlines()[0]}): give a run folder (with config.json) or "
+            "the name of a model on the Hub."
+        ) from error
+    if kind is None:
+        raise ValueError(f"{name} holds no finished model: give a run folder with config.json.")
+    for config_class, _, model_class in MODELS:
+        if config_class.model_type == kind:
+            return config_class, model_class
+    raise ValueError(
+        f"{name} holds a model of the type {kind!r}, but --model_name_or_path takes checkpoints of this package."
+    )
 
 
 def _renew_classifiers(model: CtxSegForSemanticSegmentation) -> set[str]:

@@ -48,8 +48,8 @@ class DeepLabV3Config(CtxSegConfig):
         super().check_values()
         if not isinstance(self.atrous_rates, (list, tuple)):
             raise ValueError(f"atrous_rates is {self.atrous_rates!r}, but must be a list such as [6, 12, 18].")
-        for rate in self.atrous_rates:
-            check_number("each of atrous_rates", rate, 1, float("inf"), int)
+        for index, rate in enumerate(self.atrous_rates):
+            check_number(f"atrous_rates[{index}]", rate, 1, float("inf"), int)
         for name in ("absolute_rates", "use_image_pooling"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be true or false.")

@@ -153,8 +153,7 @@ def farewell(run: Path, metrics: Mapping[str, Any]) -> str:
     training, evaluation = metrics["training"], metrics["evaluation"]
     lines = [f"Trained {training['steps']} steps in {duration(training['seconds'])}."]
     if evaluation:
-        lists = {key: list(evaluation[key].values()) for key in ("per_category_iou", "per_category_accuracy")}
-        lines += ["", score_table(list(evaluation["per_category_iou"]), {**evaluation, **lists}), ""]
+        lines += ["", score_table(evaluation), ""]
     return "\n".join(
         [
             *lines,

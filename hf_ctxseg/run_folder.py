@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,28 @@ _CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "train
 _PARTIAL = "model.partial"
 
 
+def check_run(run: Path, *, resume: bool) -> None:
+    """Raise `ValueError` if the folder holds a run and `resume` is false, or a finished one, or is no folder."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"output_dir {run} is a file, but must be a folder: choose another name.")
+    if resume and is_finished(run):
+        raise ValueError(f"output_dir {run} holds a finished run: use it, or train into another folder.")
+    held = [name for name in ("config.json", "args.yaml") if (run / name).exists()]
+    checkpoints = sorted(run.glob("checkpoint-*"), key=_step)
+    if not resume and (held or checkpoints):
+        raise ValueError(
+            f"output_dir {run} already holds a run ({', '.join(held or [path.name for path in checkpoints[-1:]])}): "
+            f"{'' if is_finished(run) else 'continue it with --resume, or '}choose another folder."
+        )
+
+
 def prepare_run(run: Path, *, resume: bool) -> Path | None:
     """Make the run folder ready; give the newest complete checkpoint to continue from, or None to start.
 
     Raises:
-        ValueError: If the folder already holds a run and `resume` is false, or it cannot be written.
+        ValueError: If `check_run` does, or the folder cannot be written.
     """
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"output_dir {run} is a file, but must be a folder: choose another name.")
-    held = [name for name in ("config.json", "args.yaml") if (run / name).exists()]
-    checkpoints = sorted(run.glob("checkpoint-*"), key=_step) if run.exists() else []
-    if not resume and (held or checkpoints):
-        raise ValueError(
-            f"output_dir {run} already holds a run ({', '.join(held or [path.name for path in checkpoints[-1:]])}): "
-            "continue it with --resume, or choose another folder."
-        )
+    check_run(run, resume=resume)
     try:
         run.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(run / _PARTIAL, ignore_errors=True)
@@ -95,9 +103,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_arguments(run: Path, given: Mapping[str, Any]) -> None:
     """Write `args.yaml`, from which `ctxseg train --config` repeats the run."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    plain = {name: _plain(value) for name, value in given.items()}
     text = yaml.safe_dump(plain, allow_unicode=True, sort_keys=True, default_flow_style=None)
     (run / "args.yaml").write_text(text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    value = value.value if isinstance(value, Enum) else value
+    return str(value) if isinstance(value, Path) else value
 
 
 def write_class_table(path: Path, names: Sequence[str], scores: Mapping[str, Any], pixels: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ distributed sampler are dropped as Trainer drops them.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,10 @@ class SegmentationTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation pictures and draw the preview grid."""
         started = time.monotonic()
+        if self.args.world_size > 1:
+            # Running statistics differ between processes after a step; those of the first are what is saved.
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self.scored_step = self.state.global_step
         self.evaluation_seconds = round(time.monotonic() - started, 1)
@@ -232,13 +236,12 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-def score_table(names: Sequence[str], scores: dict[str, Any]) -> str:
-    """Write the scores of an evaluation as a text table, one line per class."""
-    width = max(len(name) for name in [*names, "class"])
+def score_table(scores: Mapping[str, Any]) -> str:
+    """Write the part `evaluation` of `metrics.json` as a text table, one line per class."""
+    width = max(len(name) for name in [*scores["per_category_iou"], "class"])
     lines = [f"{'class':<{width}}     IoU  accuracy"]
-    pairs = zip(scores["per_category_iou"], scores["per_category_accuracy"], strict=True)
-    for name, (iou, accuracy) in zip(names, pairs, strict=True):
-        lines.append(f"{name:<{width}}  {_score(iou)}    {_score(accuracy)}")
+    for name, iou in scores["per_category_iou"].items():
+        lines.append(f"{name:<{width}}  {_score(iou)}    {_score(scores['per_category_accuracy'][name])}")
     lines.append(f"{'mean':<{width}}  {_score(scores['mean_iou'])}    {_score(scores['mean_accuracy'])}")
     return "\n".join([*lines, f"pixel accuracy {_score(scores['overall_accuracy']).strip()}"])
 

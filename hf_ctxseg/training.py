@@ -16,7 +16,7 @@ from .label_scan import LabelStatistics, scan_labels, write_contact_sheet
 from .model_building import build_model
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .report import describe_run, device_name, farewell, precision, write_report
-from .run_folder import is_finished, newest_checkpoint, prepare_run, save_model, write_arguments
+from .run_folder import check_run, newest_checkpoint, prepare_run, save_model, write_arguments
 from .trainer import SegmentationTrainer
 
 
@@ -66,8 +66,8 @@ def run_training(
     run = Path(str(training_arguments.output_dir))
     is_main = training_arguments.process_index == 0
     tell = say if is_main else _silent
-    if training_arguments.resume and is_finished(run):
-        raise ValueError(f"output_dir {run} holds a finished run: use it, or train into another folder.")
+    if is_main:
+        check_run(run, resume=training_arguments.resume)
     data = _load(data_arguments, training_arguments)
     set_seed(training_arguments.seed)
     model, processor, origin = build_model(model_arguments, data_arguments, data.classes, tell)
@@ -84,7 +84,8 @@ def run_training(
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
-    if data.validation is not None and trainer.scored_step != trainer.state.global_step:
+    is_scored = trainer.scored_step == trainer.state.global_step and not training_arguments.load_best_model_at_end
+    if data.validation is not None and not is_scored:
         trainer.evaluate()
     metrics = describe_run(trainer, arguments, data, statistics, origin, outcome.training_loss, seconds, command)
     if trainer.is_world_process_zero():
