@@ -157,6 +157,8 @@ class CtxSegTrainingArguments(TrainingArguments):
             self.dataloader_persistent_workers = False
         self.remove_unused_columns, self.batch_eval_metrics = False, True
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch would warn at every data loader
         for name in self.report_to or []:
             if name not in (available := get_available_reporting_integrations()):
                 raise ValueError(

@@ -8,7 +8,6 @@ import csv
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,12 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    for name in ("timm", "httpx", "accelerate", "huggingface_hub", "transformers.modeling_utils"):
+    for name in ("timm", "httpx", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _parser(verb: str, example: str) -> argparse.ArgumentParser:
@@ -103,6 +105,8 @@ def _train(argv: list[str]) -> int:
     if "--help-all" in argv:
         argv = ["--help"]
     arguments, given = parse_arguments(argv)
+    # What differs from a checkpoint is listed in our own words.
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
     from .model_card import public_command
     from .training import run_training
 
@@ -127,7 +131,10 @@ def _eval(argv: list[str]) -> int:
     from .evaluation import evaluate
 
     metrics = evaluate(options.pop("model"), options.pop("data"), **options, say=_to_stderr)
-    _print_scores(metrics["evaluation"], report)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        _print_scores(metrics["evaluation"], report)
     return 0
 
 
@@ -136,19 +143,20 @@ def _to_stderr(line: str) -> None:
 
 
 def _print_scores(scores: dict[str, Any], report: str) -> None:
+    from .run_folder import without_nan
     from .trainer import score_table
 
+    if report == "table":
+        print(score_table(scores))
+        return
+    scores = without_nan(scores)
     if report == "json":
-        from .run_folder import without_nan
-
-        print(json.dumps(without_nan(scores), indent=2, ensure_ascii=False))
-    elif report == "csv":
+        print(json.dumps(scores, indent=2, ensure_ascii=False))
+    else:
         writer = csv.writer(sys.stdout)
         writer.writerow(["class", "iou", "accuracy"])
         for name, iou in scores["per_category_iou"].items():
             writer.writerow([name, iou, scores["per_category_accuracy"][name]])
-    else:
-        print(score_table(scores))
 
 
 def _predict(argv: list[str]) -> int:

@@ -104,6 +104,11 @@ class CtxSegConfig(PreTrainedConfig):
             self.label2id = {name: int(index) for index, name in names.items()}
         self.check_values()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "id2label" and value is not None:
+            self._check_labels(value, None, None)  # before transformers' own check of its type
+        super().__setattr__(name, value)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Make a config from a saved one; names or a number of classes given here replace the saved names."""

@@ -15,7 +15,12 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling
+from transformers.image_utils import (
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    infer_channel_dimension_format,
+)
 from transformers.processing_utils import ImagesKwargs, Unpack
 from typing_extensions import Self
 
@@ -87,14 +92,15 @@ class CtxSegImageProcessor(TorchvisionBackend):
                 image = to_8_bit(np.asarray(image))
             elif isinstance(image, np.ndarray) and not image.flags.writeable:
                 image = image.copy()  # torch warns about the views that Pillow gives
-        tensor: torch.Tensor = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        if do_convert_rgb and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if kwargs.get("input_data_format") is None and getattr(image, "ndim", 2) == 3:  # an array, not grey
+                kwargs["input_data_format"] = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        # Releases of transformers convert to RGB before or after making a tensor: here it is after, in all of them.
+        tensor: torch.Tensor = super().process_image(image, do_convert_rgb=False, **kwargs)
+        if not do_convert_rgb:
+            return tensor
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError("The picture holds NaN or infinite values: give finite pixel values.")
-        return tensor
-
-    def convert_to_rgb(self, image: torch.Tensor, input_data_format: Any = None) -> torch.Tensor:
-        """Repeat the channel of a grey picture (1, H, W), drop the alpha of (4, H, W)."""
-        return image[:3] if image.shape[0] == 4 else image.expand(3, -1, -1) if image.shape[0] == 1 else image
+        return tensor.expand(3, -1, -1) if tensor.shape[0] == 1 else tensor[:3]  # (3, H, W), without alpha
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
         images = self.fetch_images(images)

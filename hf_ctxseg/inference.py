@@ -141,6 +141,10 @@ def load_run(name: str | Path) -> tuple[CtxSegForSemanticSegmentation, CtxSegIma
     Raises:
         ValueError: If it is not there, or not a segmentation model of this package.
     """
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds no finished model: continue its training with --resume, or give another folder."
+        )
     try:
         model, loaded = AutoModelForSemanticSegmentation.from_pretrained(
             str(name), use_safetensors=True, output_loading_info=True

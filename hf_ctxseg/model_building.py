@@ -131,6 +131,9 @@ def _renew_classifiers(model: CtxSegForSemanticSegmentation) -> set[str]:
     if model.auxiliary_head is not None:
         heads["auxiliary_head.classifier"] = model.auxiliary_head.classifier
     for head in heads.values():
+        for parameter in head.parameters():
+            # Transformers would leave what it has loaded
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
         for module in head.modules():
             model._init_weights(module)
     return {f"{name}.{kind}" for name in heads for kind in ("weight", "bias")}

@@ -67,6 +67,7 @@ class SegmentationTrainer(Trainer):
             processing_class=image_processor,
             compute_metrics=self.scores,
         )
+        self.add_callback(_EpochCallback(train_dataset))
         self.frozen_norms = _freeze_norms(model, args.freeze_batch_norm)
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
@@ -180,6 +181,23 @@ class _StreamedScores:
         self.loss_and_pixels.zero_()
         self.last = {**self.metric.compute(), "loss": loss / max(pixels, 1.0)}
         return {name: value for name, value in self.last.items() if isinstance(value, float)}
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the training pictures which epoch is drawn.
+
+    accelerate's data loaders forget it wherever they wrap the batch sampler: with several processes, and in the epoch
+    that a resumed run continues.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
 
 
 class ConsoleCallback(TrainerCallback):

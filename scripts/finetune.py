@@ -1,8 +1,12 @@
 """Fine-tune a model: the same as `ctxseg train`, as a file that torchrun and accelerate can launch."""
 
 import sys
+from pathlib import Path
 
-from hf_ctxseg.cli import main
+# Python looks into the folder of this file first, where evaluate.py would hide the library of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+from hf_ctxseg.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

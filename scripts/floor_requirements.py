@@ -1,6 +1,7 @@
 """Print the lowest versions that pyproject.toml allows, as constraints for pip: `make test-floor` installs them."""
 
 import sys
+from itertools import chain
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
@@ -16,7 +17,7 @@ def floors(pyproject: str) -> list[str]:
         ValueError: A requirement states no lowest version.
     """
     project = tomllib.loads(pyproject)["project"]
-    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    requirements = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     for requirement in requirements:
         if requirement.partition(";")[0].count(">=") != 1:
             raise ValueError(f"{requirement!r} states no lowest version: write NAME>=VERSION.")

@@ -37,10 +37,10 @@ def scene(number, size=(48, 40)):
     draw = np.random.default_rng(number)
     label = np.zeros((height, width), np.uint8)
     rows, columns = np.mgrid[:height, :width]
-    row, column = draw.integers(8, height - 8), draw.integers(8, width - 8)
-    label[(rows - row) ** 2 + (columns - column) ** 2 < 64] = 1
-    top, left = draw.integers(0, height - 12), draw.integers(0, width - 12)
-    label[top : top + 12, left : left + 12] = 2
+    row, column = draw.integers(12, height - 12), draw.integers(12, width - 12)
+    label[(rows - row) ** 2 + (columns - column) ** 2 < 144] = 1
+    top, left = draw.integers(0, height - 18), draw.integers(0, width - 18)
+    label[top : top + 18, left : left + 18] = 2
     pixels = np.array(COLOURS, np.int16)[label] + draw.integers(-20, 21, (height, width, 3))
     label[0] = 255
     mask = Image.fromarray(label)
@@ -104,7 +104,7 @@ def trained(scratch):
 
 
 def random_run(folder, names=NAMES, **fields):
-    """Save an untrained model whose classifier is strong enough to predict every class somewhere."""
+    """Save an untrained model whose classifier is made to predict every class somewhere."""
     torch.manual_seed(1)
     config = DeepLabV3Config(
         backbone="test_resnet",
@@ -116,9 +116,15 @@ def random_run(folder, names=NAMES, **fields):
         **fields,
     )
     model = DeepLabV3ForSemanticSegmentation(config)
+    processor = CtxSegImageProcessor.for_backbone(config.backbone)
     torch.nn.init.normal_(model.classifier.weight, std=1.0)
+    with torch.no_grad():
+        logits = model.eval()(**processor(images=scene(0)[0], return_tensors="pt")).logits
+        std, mean = torch.std_mean(logits, dim=(0, 2, 3))
+        model.classifier.weight /= std.view(-1, 1, 1, 1)
+        model.classifier.bias.copy_(-mean / std)
     folder.mkdir(parents=True)
-    save_model(folder, model.eval(), CtxSegImageProcessor.for_backbone(config.backbone))
+    save_model(folder, model, processor)
     return folder
 
 

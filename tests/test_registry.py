@@ -1,0 +1,143 @@
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForSemanticSegmentation,
+    pipeline,
+)
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+
+import hf_ctxseg
+from hf_ctxseg import MODELS, CtxSegConfig, CtxSegForSemanticSegmentation, CtxSegImageProcessor, CtxSegModel
+from hf_ctxseg.layers import ConvNormAct, resize_like
+from hf_ctxseg.modeling_ctxseg import ContextHead
+from hf_ctxseg.registry import find_head, head_name
+
+
+# What a user writes for a head of their own (Zhao et al., arXiv 1612.01105): a config, a head, two model classes.
+class PSPConfig(CtxSegConfig):
+    model_type = "ctxseg_psp"
+
+    bin_sizes: list[int] | tuple[int, ...] = (1, 2, 3, 6)
+
+
+class PSPHead(ContextHead):
+    def __init__(self, config, channels, reductions):
+        super().__init__(config, out_channels=config.hidden_size)
+        width = channels[-1] // len(config.bin_sizes)
+        self.branches = nn.ModuleList(ConvNormAct(channels[-1], width) for _ in config.bin_sizes)
+        joined = channels[-1] + width * len(config.bin_sizes)
+        self.projection = ConvNormAct(joined, config.hidden_size, kernel_size=3)
+
+    def forward(self, features):
+        deepest = features[-1]
+        maps = [deepest]
+        for size, branch in zip(self.config.bin_sizes, self.branches, strict=True):
+            maps.append(resize_like(branch(F.adaptive_avg_pool2d(deepest, size)), deepest.shape[-2:]))
+        return self.projection(torch.cat(maps, dim=1))
+
+
+class PSPModel(CtxSegModel):
+    config_class = PSPConfig
+    head_class = PSPHead
+
+
+class PSPForSemanticSegmentation(CtxSegForSemanticSegmentation):
+    config_class = PSPConfig
+    model_class = PSPModel
+
+
+@pytest.fixture
+def psp():
+    hf_ctxseg.register(PSPConfig, PSPModel, PSPForSemanticSegmentation)
+    yield (PSPConfig, PSPModel, PSPForSemanticSegmentation)
+    MODELS.remove((PSPConfig, PSPModel, PSPForSemanticSegmentation))
+    CONFIG_MAPPING._extra_content.pop("ctxseg_psp")
+    for mapping in (
+        AutoModel._model_mapping,
+        AutoModelForSemanticSegmentation._model_mapping,
+        IMAGE_PROCESSOR_MAPPING,
+    ):
+        mapping._extra_content.pop(PSPConfig)
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.pop("ctxseg_psp")
+
+
+def test_registered_models_belong_together():
+    assert "deeplabv3" in [head_name(classes[0]) for classes in MODELS]
+    for config_class, model_class, segmentation_class in MODELS:
+        assert config_class.model_type == f"ctxseg_{head_name(config_class)}"
+        assert issubclass(config_class, CtxSegConfig)
+        assert model_class.config_class is segmentation_class.config_class is config_class
+        assert segmentation_class.model_class is model_class
+        assert find_head(head_name(config_class)) == (config_class, model_class, segmentation_class)
+
+
+def test_unknown_head_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no head 'deeplab3': did you mean 'deeplabv3'\? Registered are deeplabv3"):
+        find_head("deeplab3")
+    with pytest.raises(ValueError, match="no head 'unet': Registered are deeplabv3"):
+        find_head("unet")
+
+
+def test_a_head_of_the_users_own_is_like_ours(psp, tiny, live, tmp_path):
+    assert find_head("psp") == psp
+    torch.manual_seed(0)
+    model = live(PSPForSemanticSegmentation(tiny(PSPConfig, bin_sizes=[1, 2], use_auxiliary_head=True)))
+    model.save_pretrained(tmp_path)
+    CtxSegImageProcessor().save_pretrained(tmp_path)
+
+    assert AutoConfig.from_pretrained(tmp_path).bin_sizes == [1, 2]
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, output_stride=8)
+    assert type(loaded) is PSPForSemanticSegmentation
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is CtxSegImageProcessor
+    x = torch.rand(2, 3, 45, 61)
+    with torch.inference_mode():
+        assert loaded(x).logits.shape == (2, 3, 6, 8)
+        features = AutoModel.from_pretrained(tmp_path)(x).last_hidden_state
+        assert torch.equal(features, model.model(x).last_hidden_state)
+        logits = F.conv2d(features, model.classifier.weight, model.classifier.bias)
+        torch.testing.assert_close(model(x).logits, logits)
+    loss = loaded.train()(x, torch.randint(0, 3, (2, 45, 61))).loss
+    loss.backward()
+    assert all(torch.isfinite(value.grad).all() for value in loaded.parameters())
+
+    picture = Image.new("RGB", (61, 45), "red")
+    found = pipeline("image-segmentation", model=str(tmp_path))(picture)
+    assert all(item["mask"].size == picture.size for item in found)
+    assert hf_ctxseg.predict(tmp_path, picture).mask.shape == (45, 61)
+
+
+def test_the_fields_of_such_a_head_are_checked_as_ours(psp):
+    with pytest.raises(ValueError, match="PSPConfig has no field 'bin_size': did you mean bin_sizes"):
+        PSPConfig(bin_size=[1])
+    with pytest.raises(ValueError, match="hidden_size is 0"):
+        PSPConfig(hidden_size=0)
+    assert not hasattr(hf_ctxseg.DeepLabV3Config(), "bin_sizes")
+
+
+def test_nothing_is_left_of_a_head_that_is_gone(tiny, tmp_path):
+    PSPForSemanticSegmentation(tiny(PSPConfig)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ctxseg_psp"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_the_pipeline_knows_the_names_of_our_classes():
+    for config_class, _, segmentation_class in MODELS:
+        assert MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[config_class.model_type] == segmentation_class.__name__
+
+
+def test_public_names_are_there():
+    for name in hf_ctxseg.__all__:
+        assert getattr(hf_ctxseg, name) is not None, name
+    assert hf_ctxseg.__all__ == sorted(
+        hf_ctxseg.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name)
+    )
+    with pytest.raises(AttributeError, match="no attribute 'DeepLab'"):
+        hf_ctxseg.DeepLab  # noqa: B018
