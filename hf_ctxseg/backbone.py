@@ -115,7 +115,9 @@ class DilatedBackbone(TimmBackbone):
     def _select(self, state_dict: Mapping[str, torch.Tensor], weights: Any) -> dict[str, torch.Tensor]:
         """Give the tensors that this backbone has; timm's feature networks call `stages.0` `stages_0` or prefix it."""
         wanted = {key.removeprefix("model.").replace(".", "_"): key for key in self._backbone.state_dict()}
-        selected = {key: value for key, value in state_dict.items() if key.replace(".", "_") in wanted}
+        # timm before 1.0.30 reads a Swin file without its classifier by older names; loading drops the classifier.
+        kept = {*wanted, "head_fc_weight"}
+        selected = {key: value for key, value in state_dict.items() if key.replace(".", "_") in kept}
         # timm loads features with strict=False: a file of another network would pass in silence.
         found = {key.replace(".", "_") for key in selected}
         missing = [

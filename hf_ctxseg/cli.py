@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,9 +132,7 @@ def _eval(argv: list[str]) -> int:
     from .evaluation import evaluate
 
     metrics = evaluate(options.pop("model"), options.pop("data"), **options, say=_to_stderr)
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
+    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one speaks
         _print_scores(metrics["evaluation"], report)
     return 0
 

@@ -26,9 +26,10 @@ TRAINING: dict[str, Any] = {
     "image_size": 384,
     "crop_size": [256],
     "scale": [0.75, 1.5],
-    "max_steps": 150,
-    "learning_rate": 5e-4,
-    "eval_steps": 1.0,
+    "max_steps": 120,
+    "learning_rate": 1e-3,
+    "head_learning_rate_factor": 2.0,
+    "eval_strategy": "no",
     "save_strategy": "no",
 }
 

@@ -11,6 +11,7 @@ from .inference import Predictor
 from .label_scan import scan_labels
 from .report import describe_evaluation, describe_model, versions
 from .run_folder import write_json
+from .samples import ClassInfo
 from .trainer import ConsoleCallback, SegmentationTrainer
 
 DEFAULT_IGNORE_INDEX = 255
@@ -51,7 +52,6 @@ def evaluate(
         ValueError: If model, data or classes do not fit.
     """
     predictor = Predictor(model)
-    names = list(predictor.names)
     loaded = load_data(
         data,
         labels=labels,
@@ -61,18 +61,9 @@ def evaluate(
         image_column=image_column,
         label_column=label_column,
     )
-    if list(loaded.classes.names) != names:
-        raise ValueError(
-            f"The model knows the classes {', '.join(names)}, but the data has {', '.join(loaded.classes.names)}: "
-            "score it on data of its own classes, or name them with --labels."
-        )
-    void = loaded.classes.ignore_index
-    if ignore_index is None and void == DEFAULT_IGNORE_INDEX:
-        void = predictor.model.config.semantic_loss_ignore_index
-    classes = replace(loaded.classes, palette=predictor.palette, ignore_index=void)
+    classes = _model_classes(predictor, loaded.classes, ignore_index)
     split_name = loaded.validation_name
-    samples = loaded.validation
-    scan_labels(samples, classes, split=split_name)
+    scan_labels(loaded.validation, classes, split=split_name)
     folder = Path(output_dir) if output_dir is not None else _default_folder(model, split_name)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = CtxSegTrainingArguments(
@@ -83,7 +74,7 @@ def evaluate(
         arguments,
         classes,
         predictor.processor,
-        eval_dataset=EvaluationDataset(samples, predictor.processor),
+        eval_dataset=EvaluationDataset(loaded.validation, predictor.processor),
     )
     trainer.remove_callback(ConsoleCallback)
     trainer.evaluate()
@@ -97,6 +88,19 @@ def evaluate(
         write_json(folder / "metrics.json", metrics)
         say(f"Metrics and a preview grid are in {folder}.")
     return metrics
+
+
+def _model_classes(predictor: Predictor, classes: ClassInfo, ignore_index: int | None) -> ClassInfo:
+    # the data's classes in the model's colours, with the ignored value that was asked for
+    if tuple(classes.names) != predictor.names:
+        raise ValueError(
+            f"The model knows the classes {', '.join(predictor.names)}, but the data has {', '.join(classes.names)}: "
+            "score it on data of its own classes, or name them with --labels."
+        )
+    void = classes.ignore_index
+    if ignore_index is None and void == DEFAULT_IGNORE_INDEX:
+        void = predictor.model.config.semantic_loss_ignore_index
+    return replace(classes, palette=predictor.palette, ignore_index=void)
 
 
 def _default_folder(model: str | Path, split: str) -> Path:

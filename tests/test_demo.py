@@ -25,10 +25,12 @@ def test_demo_leaves_run_scene_and_overlay(small, tmp_path, capsys):
     assert str(tmp_path / "unseen_scene_overlay.png") in printed
     assert "pipeline('image-segmentation') finds: " in printed
     assert any(name in printed.split("finds: ")[1].split("\n")[0] for name in CLASSES)
-    scene = Image.open(tmp_path / "unseen_scene.png")
-    overlay = Image.open(tmp_path / "unseen_scene_overlay.png")
-    assert overlay.width >= scene.width and overlay.height > scene.height  # the legend is below
-    assert np.asarray(overlay).std() > 0
+    with (
+        Image.open(tmp_path / "unseen_scene.png") as scene,
+        Image.open(tmp_path / "unseen_scene_overlay.png") as overlay,
+    ):
+        assert overlay.width >= scene.width and overlay.height > scene.height  # the legend is below
+        assert np.asarray(overlay).std() > 0
     assert (tmp_path / "run-1" / "config.json").is_file()
 
 

@@ -103,7 +103,10 @@ def test_files_and_functions_are_short(path):
     assert lines <= (60 if path in SCRIPTS else 250 if head else 400)
     for node in ast.walk(tree(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno + 1 <= 50, node.name
+            first, *_ = node.body
+            described = ast.get_docstring(node) is not None
+            docstring = first.end_lineno - first.lineno + 1 if described else 0
+            assert node.end_lineno - node.lineno + 1 - docstring <= 50, node.name
 
 
 def test_every_module_says_what_it_is():
@@ -115,7 +118,7 @@ def test_importing_the_package_is_light():
 import sys
 import hf_ctxseg
 from transformers import AutoModelForSemanticSegmentation
-heavy = {"matplotlib", "datasets", "evaluate", "pandas", "pyarrow", "transformers.trainer"} & set(sys.modules)
+heavy = {"matplotlib", "datasets", "evaluate", "pandas", "pyarrow", "torch.utils.tensorboard"} & set(sys.modules)
 lazy = {name for name in ("training", "trainer", "cli", "data", "metrics") if f"hf_ctxseg.{name}" in sys.modules}
 known = hf_ctxseg.DeepLabV3Config in AutoModelForSemanticSegmentation._model_mapping
 print(sorted(heavy), sorted(lazy), known)

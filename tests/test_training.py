@@ -14,16 +14,12 @@ import yaml
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch.nn import functional as F
-from training_helpers import LINE, NAMES, as_arguments, flags, make_data, random_run, same_weights, trained, weights
+from training_helpers import LINE, NAMES, as_arguments, flags, make_data, same_weights, trained
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
 
 import hf_ctxseg
-from hf_ctxseg.arguments import DataArguments, ModelArguments
 from hf_ctxseg.cli import main
-from hf_ctxseg.model_building import build_model
-from hf_ctxseg.samples import ClassInfo
 from hf_ctxseg.trainer import SegmentationTrainer
-from hf_ctxseg.visualization import default_palette
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,10 +37,6 @@ def small(tmp_path):
 
 def _metrics(run):
     return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-
-
-def _classes(names):
-    return ClassInfo(tuple(names), tuple(default_palette(len(names))))
 
 
 def test_run_folder_is_whole(line):
@@ -262,14 +254,14 @@ def test_resumed_run_ends_in_the_same_weights(line, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_resumed_run_with_a_worker_ends_in_the_same_weights(line, tmp_path, monkeypatch):
-    data, whole, _ = line
-    run = tmp_path / "run"
-    arguments = flags(data=data, output_dir=run, **LINE, dataloader_num_workers=1)
+def test_resumed_run_with_a_worker_ends_in_the_same_weights(small, tmp_path, monkeypatch):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    recipe = {**LINE, "data": small, "dataloader_num_workers": 1}
+    assert main(["train", *flags(output_dir=whole, **recipe)]) == 0
     with monkeypatch.context() as patch:
         _interrupt_at(patch, 6, KeyboardInterrupt())
-        assert main(["train", *arguments]) == 130
-    assert main(["train", *arguments, "--resume"]) == 0
+        assert main(["train", *flags(output_dir=run, **recipe)]) == 130
+    assert main(["train", *flags(output_dir=run, **recipe), "--resume"]) == 0
     assert same_weights(run, whole)
 
 
@@ -283,124 +275,7 @@ def test_failed_run_does_not_look_finished(small, tmp_path, monkeypatch):
         with pytest.raises((OSError, ValueError)):
             auto.from_pretrained(run)
     with pytest.raises(ValueError, match="holds no finished model"):
-        build_model(ModelArguments(model_name_or_path=str(run)), DataArguments(), _classes(NAMES))
-
-
-# Fine-tuning from a checkpoint
-
-
-def _from(run, names, **arguments):
-    told = []
-    model, processor, origin = build_model(
-        ModelArguments(model_name_or_path=str(run)), DataArguments(data="d", **arguments), _classes(names), told.append
-    )
-    assert origin == str(run)
-    return model, processor, told
-
-
-def _changed(run, model):
-    saved, state = weights(run), model.state_dict()
-    assert saved.keys() == state.keys()
-    return {key for key in saved if saved[key].shape != state[key].shape or not torch.equal(saved[key], state[key])}
-
-
-NEW = {f"{head}.{kind}" for head in ("classifier", "auxiliary_head.classifier") for kind in ("weight", "bias")}
-
-
-@pytest.mark.parametrize("names", [("a", "b", "c", "d", "e"), ("disc", "ground", "box"), ("only", "two")])
-def test_other_classes_get_new_classifiers_and_nothing_else(line, names):
-    _, run, _ = line
-    model, _, told = _from(run, names)
-    assert _changed(run, model) == NEW
-    assert len(told) == 1 and all(key in told[0] for key in NEW)
-    assert model.config.id2label == dict(enumerate(names)) and model.config.num_labels == len(names)
-    assert model.config.palette == [list(colour) for colour in default_palette(len(names))]
-    for head in (model.classifier, model.auxiliary_head.classifier):
-        assert head.weight.std().item() == pytest.approx(0.01, rel=0.5) and not head.bias.any()
-
-
-def test_same_classes_continue_from_all_weights(line):
-    _, run, _ = line
-    model, processor, told = _from(run, NAMES)
-    assert _changed(run, model) == set() and told == []
-    assert processor.do_resize is False
-
-
-def test_picture_size_reaches_the_processor_of_a_checkpoint(line):
-    _, processor, _ = _from(line[1], NAMES, image_size=24)
-    assert processor(images=Image.new("RGB", (48, 36)), return_tensors="pt")["pixel_values"].shape == (1, 3, 18, 24)
-
-
-def test_five_classes_are_trained_from_three(line, tmp_path, capsys):
-    names = ("a", "b", "c", "d", "e")
-    data = make_data(tmp_path / "data", names)
-    arguments = flags(data=data, output_dir=tmp_path / "run", max_steps=1, backbone_weights=None, backbone=None)
-    start = ["--config_overrides", "norm_momentum=0.2", "--model_name_or_path", str(line[1])]
-    assert main(["train", *arguments, *start]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in NEW)
-    assert AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run").config.num_labels == 5
-    found = _metrics(tmp_path / "run")
-    assert found["training"]["init_from"] == str(line[1]) and found["model"]["backbone"] == "test_resnet"
-    assert found["evaluation"]["per_category_accuracy"]["e"] is None  # never occurs
-
-
-def test_fields_that_change_the_shape_of_a_checkpoint_are_refused(line):
-    arguments = ModelArguments(model_name_or_path=str(line[1]), config_overrides=["hidden_size=8"])
-    with pytest.raises(ValueError, match=r"does not fit the model asked for: \d+ tensors of backbone or head differ"):
-        build_model(arguments, DataArguments(), _classes(NAMES))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"model_type": "vit"}, "holds a model of the type 'vit', but --model_name_or_path takes checkpoints of this"),
-        ({"model_type": "no_such"}, "holds a model of the type 'no_such'"),
-        ({}, "holds no finished model"),
-        (None, "holds no finished model|There is no checkpoint"),
-    ],
-)
-def test_checkpoint_that_is_not_ours_is_refused(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message) as caught:
-        build_model(ModelArguments(model_name_or_path=str(tmp_path)), DataArguments(), _classes(NAMES))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("missing", ["model.safetensors", "preprocessor_config.json"])
-def test_checkpoint_without_a_file_is_refused(tmp_path, missing):
-    run = random_run(tmp_path / "run")
-    (run / missing).unlink()
-    with pytest.raises(
-        ValueError, match=r"is no whole checkpoint .*: give a run folder with model\.safetensors"
-    ) as caught:
-        build_model(ModelArguments(model_name_or_path=str(run)), DataArguments(), _classes(NAMES))
-    assert "\n" not in str(caught.value)
-
-
-def test_damaged_checkpoint_is_refused(tmp_path):
-    run = random_run(tmp_path / "run")
-    (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="is no whole checkpoint"):
-        build_model(ModelArguments(model_name_or_path=str(run)), DataArguments(), _classes(NAMES))
-
-
-def test_backbone_weights_from_a_file_are_named_and_used(tmp_path):
-    import timm
-    from safetensors.torch import save_file
-
-    torch.manual_seed(3)
-    source = timm.create_model("test_resnet")
-    save_file(source.state_dict(), tmp_path / "mine.safetensors")
-    arguments = ModelArguments(backbone="test_resnet", backbone_weights=str(tmp_path / "mine.safetensors"))
-    model, processor, origin = build_model(arguments, DataArguments(), _classes(NAMES))
-    assert origin == "mine.safetensors"
-    stem = next(
-        value for key, value in model.state_dict().items() if key.endswith("backbone._backbone.conv1.0.weight")
-    )
-    assert torch.equal(stem, source.conv1[0].weight)
-    assert list(processor.image_mean) == list(timm.get_pretrained_cfg("test_resnet").mean)
+        hf_ctxseg.train(**as_arguments(data=small, output_dir=tmp_path / "next", model_name_or_path=str(run)))
 
 
 # Several processes
