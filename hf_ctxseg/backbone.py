@@ -14,7 +14,6 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 from transformers import TimmBackbone, TimmBackboneConfig
 
 from .configuration_ctxseg import CtxSegConfig
@@ -61,10 +60,6 @@ class DilatedBackbone(TimmBackbone):
             raise ValueError(_stride_message(config, reached, cause)) from cause
         self.arguments = arguments
         self.reductions: list[int] = list(self._backbone.feature_info.reduction())
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Leave timm's own initialisation as it is, but for buffers, which TimmBackbone makes anew."""
-        super()._init_weights(module)
 
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Give the feature maps, shallow to deep, channels first."""

@@ -26,7 +26,7 @@ TRAINING: dict[str, Any] = {
     "image_size": 384,
     "crop_size": [256],
     "scale": [0.75, 1.5],
-    "max_steps": 120,
+    "max_steps": 100,
     "learning_rate": 1e-3,
     "head_learning_rate_factor": 2.0,
     "eval_strategy": "no",
