@@ -67,6 +67,9 @@ class DataArguments:
     eval_split: str | None = field(
         default=None, metadata={"help": "Split that is scored (default: val or validation, else held-out pictures)."}
     )
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the pictures held out where there is no split to score; 0: none."}
+    )
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures in a table."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the label maps in a table."})
     data_license: str | None = field(
@@ -258,6 +261,11 @@ def _build(given: dict[str, Any]) -> Arguments:
         names = {item.name for item in fields(kind) if item.init}
         built.append(kind(**{name: value for name, value in given.items() if name in names}))
     model_arguments, data_arguments, training_arguments = built
+    both = sorted({"head", "backbone", "backbone_weights"} & {name for name, value in given.items() if value})
+    if given.get("model_name_or_path") is not None and both:
+        raise ValueError(
+            f"{both[0]} is given beside model_name_or_path, whose checkpoint brings its own: leave it out."
+        )
     _check_pictures(model_arguments)
     _check(data_arguments)
     return model_arguments, data_arguments, training_arguments  # type: ignore[return-value]

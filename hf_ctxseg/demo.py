@@ -85,7 +85,7 @@ def _segment_unseen(run: Path, folder: Path) -> Path:
     picture.save(folder / "unseen_scene.png")
     model = AutoModelForSemanticSegmentation.from_pretrained(str(run))
     segments = pipeline("image-segmentation", model=str(run))(picture)
-    prediction = predict(model, picture, processor=None)
+    prediction = predict(model, picture)
     print(f"\npipeline('image-segmentation') finds: {', '.join(segment['label'] for segment in segments)}")
     overlay = folder / "unseen_scene_overlay.png"
     prediction.overlay.save(overlay)

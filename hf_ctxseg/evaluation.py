@@ -51,7 +51,8 @@ def evaluate(
     Raises:
         ValueError: If model, data or classes do not fit.
     """
-    predictor = Predictor(model)
+    predictor = Predictor(model, device="cpu")  # the trainer moves it to its own device
+    predictor.model.float()
     loaded = load_data(
         data,
         labels=labels,

@@ -57,8 +57,8 @@ class Predictor:
 
     Args:
         model: A run folder, the name of a model on the Hub, or a segmentation model of this package.
-        processor: Its image processor; by default the one saved beside the weights, for a model object one that
-            normalises as its backbone was pretrained.
+        processor: Its image processor; by default the one saved beside the weights, for a model that was never saved
+            one that normalises as its backbone was pretrained.
         device: Where to compute; by default a GPU if there is one. A model object stays where it is.
 
     Raises:
@@ -77,9 +77,7 @@ class Predictor:
             self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         else:
             self.model = model if device is None else model.to(device)
-            self.processor = processor or CtxSegImageProcessor.for_backbone(
-                model.config.backbone, align_corners=model.config.align_corners
-            )
+            self.processor = processor or _processor_of(model)
         config = self.model.config
         self.names = tuple(config.id2label[index] for index in range(config.num_labels))
         fits = config.palette is not None and len(config.palette) == config.num_labels
@@ -133,6 +131,15 @@ def predict_mask(
     model.train(was_training)
     mask = processor.post_process_semantic_segmentation(outputs, [(picture.height, picture.width)])[0]
     return mask.cpu().numpy()
+
+
+def _processor_of(model: CtxSegForSemanticSegmentation) -> CtxSegImageProcessor:
+    if model.name_or_path:
+        try:
+            return AutoImageProcessor.from_pretrained(model.name_or_path)
+        except OSError:  # built from a config of that name, not saved there
+            pass
+    return CtxSegImageProcessor.for_backbone(model.config.backbone, align_corners=model.config.align_corners)
 
 
 def load_run(name: str | Path) -> tuple[CtxSegForSemanticSegmentation, CtxSegImageProcessor]:
@@ -199,7 +206,8 @@ def predict_files(predictor: Predictor, inputs: Sequence[str | Path], out: Path)
     Returns:
         The overlays written, and one sentence for each picture that could not be read.
     """
-    pictures = list(find_pictures(inputs))
+    # an earlier call's results may lie in a folder below the pictures
+    pictures = [pair for pair in find_pictures(inputs) if out.resolve() not in pair[0].resolve().parents]
     written: list[Path] = []
     failed: list[str] = []
     taken: set[Path] = set()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedConfig
@@ -85,7 +86,12 @@ def _from_checkpoint(
     saved = config_class.from_pretrained(name)
     try:
         model, info = model_class.from_pretrained(
-            name, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **fields
+            name,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            **fields,
         )
         processor = AutoImageProcessor.from_pretrained(name, align_corners=model.config.align_corners, **given)
     except (OSError, SafetensorError) as error:

@@ -50,13 +50,16 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
 _USER_NAMED = ("id2label", "label2id", "classes")
 
 
-def render_card(run: Path, *, repo_id: str | None = None, include_pictures: bool = True) -> str:
+def render_card(
+    run: Path, *, repo_id: str | None = None, include_pictures: bool = True, config_file: Path | None = None
+) -> str:
     """Render the model card of a run folder.
 
     Args:
         run: The run folder; `config.json` must be there, `metrics.json` and the pictures may be.
         repo_id: Name on the Hub that the card tells its readers to load; the folder's own name if it is not given.
         include_pictures: Whether the card shows the run's pictures.
+        config_file: The config, where it is not in the run folder yet.
 
     Returns:
         The Markdown text with its YAML header.
@@ -66,7 +69,7 @@ def render_card(run: Path, *, repo_id: str | None = None, include_pictures: bool
         ValueError: `config.json` or `metrics.json` is not a JSON object.
     """
     run = Path(run)
-    config = public_json(run / "config.json")
+    config = public_json(config_file or run / "config.json")
     metrics = public_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
     name = repo_id or run.resolve().name
     pictures = card_pictures(run) if include_pictures else []
@@ -86,10 +89,10 @@ def render_card(run: Path, *, repo_id: str | None = None, include_pictures: bool
     return re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"
 
 
-def write_card(run: Path, repo_id: str | None = None) -> Path:
+def write_card(run: Path, repo_id: str | None = None, config_file: Path | None = None) -> Path:
     """Render the card of a run folder into its `README.md` and return that path; raises what `render_card` raises."""
     path = Path(run) / "README.md"
-    path.write_text(render_card(Path(run), repo_id=repo_id), encoding="utf-8", newline="\n")
+    path.write_text(render_card(Path(run), repo_id=repo_id, config_file=config_file), encoding="utf-8", newline="\n")
     return path
 
 

@@ -23,7 +23,7 @@ from .trainer import SegmentationTrainer, duration, score_table
 def device_name(arguments: CtxSegTrainingArguments) -> str:
     """Name the kind and number of devices."""
     if arguments.device.type == "cuda":
-        count = arguments.world_size
+        count = max(arguments.world_size, arguments.n_gpu)
         return f"{count} × {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
     processes = f"{arguments.world_size} processes of " if arguments.world_size > 1 else ""
     return f"{arguments.device.type}, {processes}{torch.get_num_threads()} threads"
@@ -31,7 +31,8 @@ def device_name(arguments: CtxSegTrainingArguments) -> str:
 
 def precision(arguments: CtxSegTrainingArguments) -> str:
     """Name the number format of the training."""
-    return "bfloat16 autocast" if arguments.bf16 else "float16 autocast" if arguments.fp16 else "float32"
+    mixed = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else getattr(arguments, "mixed_precision", "no")
+    return {"bf16": "bfloat16 autocast", "fp16": "float16 autocast"}.get(mixed, "float32")
 
 
 def describe_model(model: CtxSegForSemanticSegmentation, origin: str | None) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def describe_model(model: CtxSegForSemanticSegmentation, origin: str | None) -> 
         "class": type(model).__name__,
         "head": head_name(type(model.config)),
         "backbone": model.config.backbone,
-        "backbone_weights": origin,
+        "backbone_weights": public_name(origin),
         "parameters": model.num_parameters(),
         "output_stride": model.config.output_stride,
     }
@@ -57,6 +58,11 @@ def _describe_data(data: DataSplits, arguments: DataArguments, statistics: Label
         "ignore_index": data.classes.ignore_index,
         "class_pixels": dict(zip(data.classes.names, counts, strict=False)),
     }
+
+
+def _size_name(size: Any) -> str:
+    edge = size["max_height"]
+    return f"a longest edge of {edge} pixels" if edge and edge == size["max_width"] else str(dict(size))
 
 
 def describe_evaluation(trainer: SegmentationTrainer, split: str) -> dict[str, Any]:
@@ -91,8 +97,9 @@ def describe_run(
     train_loss: float,
     seconds: float,
     command: str | None,
+    resumed: bool,
 ) -> dict[str, Any]:
-    """Everything that `metrics.json` holds."""
+    """Everything that `metrics.json` holds; a continued run knows neither its whole time nor its mean loss."""
     model_arguments, data_arguments, training = arguments
     return {
         "model": describe_model(trainer.model, origin),
@@ -103,8 +110,8 @@ def describe_run(
             "epochs": round(trainer.state.epoch or 0.0, 2),
             "batch_size": training.train_batch_size * training.world_size * training.gradient_accumulation_steps,
             "crop_size": [data_arguments.crop_size[0], data_arguments.crop_size[-1]],
-            "seconds": round(seconds, 1),
-            "train_loss": train_loss,
+            "seconds": None if resumed else round(seconds, 1),
+            "train_loss": None if resumed else train_loss,
             "learning_rate": training.learning_rate,
             "head_learning_rate_factor": training.head_learning_rate_factor,
             "optimizer": str(getattr(training.optim, "value", training.optim)),
@@ -112,11 +119,16 @@ def describe_run(
             "precision": precision(training),
             "seed": training.seed,
             "device": device_name(training),
-            "init_from": model_arguments.model_name_or_path,
+            "init_from": public_name(model_arguments.model_name_or_path),
         },
         "evaluation": describe_evaluation(trainer, data.validation_name),
         "versions": versions(),
     }
+
+
+def public_name(checkpoint: str | None) -> str | None:
+    """Name a checkpoint: a folder by its last part alone, which is no name on the Hub, too."""
+    return Path(checkpoint).resolve().name if checkpoint is not None and Path(checkpoint).is_dir() else checkpoint
 
 
 def _schedule(training: CtxSegTrainingArguments) -> str:
@@ -137,6 +149,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     classes: ClassInfo,
     scores: Mapping[str, Any],
+    config_file: Path | None = None,
 ) -> None:
     """Write metrics, table of classes, figures and card into a run folder."""
     write_json(run / "metrics.json", metrics)
@@ -145,13 +158,14 @@ def write_report(
         counts = metrics["data"]["class_pixels"]
         write_class_table(run / "per_class.csv", classes.names, scores, [counts.get(name) for name in classes.names])
         plot_per_class(classes.names, scores["per_category_iou"], run / "per_class.png")
-    write_card(run)
+    write_card(run, config_file=config_file)
 
 
 def farewell(run: Path, metrics: Mapping[str, Any]) -> str:
     """The last lines of a training: the scores, where everything is, and what to type next."""
     training, evaluation = metrics["training"], metrics["evaluation"]
-    lines = [f"Trained {training['steps']} steps in {duration(training['seconds'])}."]
+    took = "" if training["seconds"] is None else f" in {duration(training['seconds'])}"
+    lines = [f"Trained {training['steps']} steps{took}."]
     if evaluation:
         lines += ["", score_table(evaluation), ""]
     return "\n".join(

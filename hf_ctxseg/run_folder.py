@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ from .image_processing_ctxseg import CtxSegImageProcessor
 
 _CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 _PARTIAL = "model.partial"
+# What may differ when a run is continued: where things are, what is printed and kept, how long it goes on.
+_FREE_AT_RESUME = {
+    "data", "dataloader_num_workers", "disable_tqdm", "dry_run", "eval_steps", "eval_strategy", "logging_steps",
+    "max_steps", "num_train_epochs", "output_dir", "per_device_eval_batch_size", "preview_images", "report_to",
+    "resume", "save_steps", "save_strategy", "save_total_limit", "scan_workers",
+}  # fmt: skip
 
 
 def check_run(run: Path, *, resume: bool) -> None:
@@ -37,6 +43,22 @@ def check_run(run: Path, *, resume: bool) -> None:
             f"output_dir {run} already holds a run ({', '.join(held or [path.name for path in checkpoints[-1:]])}): "
             f"{'' if is_finished(run) else 'continue it with --resume, or '}choose another folder."
         )
+
+
+def check_arguments(run: Path, given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a run is to be continued with other arguments than it was started with."""
+    try:
+        saved = yaml.safe_load((run / "args.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return
+    now = yaml.safe_load(yaml.safe_dump({name: _plain(value) for name, value in given.items()}))
+    for name in sorted((set(saved) | set(now)) - _FREE_AT_RESUME):
+        if saved.get(name) != now.get(name):
+            raise ValueError(
+                f"The run in {run} was started with {name}={saved.get(name)!r}, but is to be continued with "
+                f"{name}={now.get(name)!r} (None: not given): repeat its own arguments (they are in {run}/args.yaml), "
+                "or train into another folder."
+            )
 
 
 def prepare_run(run: Path, *, resume: bool) -> Path | None:
@@ -85,14 +107,29 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def save_model(run: Path, model: PreTrainedModel, processor: CtxSegImageProcessor) -> None:
-    """Put weights and processor into the run folder, `config.json` last."""
+def save_model(
+    run: Path,
+    model: PreTrainedModel,
+    processor: CtxSegImageProcessor,
+    report: Callable[[Path], None] | None = None,
+) -> None:
+    """Put weights and processor into the run folder, then what `report` writes, `config.json` last.
+
+    Args:
+        run: The run folder.
+        model: The trained model.
+        processor: Its image processor.
+        report: Writes the rest of the folder; it is given the config's file, which is not in its place yet.
+    """
     partial = run / _PARTIAL
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
-    names = sorted(path.name for path in partial.iterdir())
-    for name in sorted(names, key=lambda name: name == "config.json"):
-        os.replace(partial / name, run / name)
+    for path in sorted(partial.iterdir()):
+        if path.name != "config.json":
+            os.replace(path, run / path.name)
+    if report is not None:
+        report(partial / "config.json")
+    os.replace(partial / "config.json", run / "config.json")
     partial.rmdir()
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .label_scan import LabelStatistics, scan_labels, write_contact_sheet
 from .model_building import build_model
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .report import describe_run, device_name, farewell, precision, write_report
-from .run_folder import check_run, newest_checkpoint, prepare_run, save_model, write_arguments
+from .run_folder import check_arguments, check_run, newest_checkpoint, prepare_run, save_model, write_arguments
 from .trainer import SegmentationTrainer
 
 
@@ -28,11 +29,13 @@ class TrainingResult:
         output_dir: The run folder.
         metrics: What `metrics.json` holds.
         model: The trained model, in evaluation mode.
+        processor: Its image processor.
     """
 
     output_dir: Path
     metrics: dict[str, Any]
     model: CtxSegForSemanticSegmentation
+    processor: CtxSegImageProcessor
 
 
 def train(**arguments: Any) -> TrainingResult:
@@ -68,6 +71,8 @@ def run_training(
     tell = say if is_main else _silent
     if is_main:
         check_run(run, resume=training_arguments.resume)
+        if newest_checkpoint(run) is not None:
+            check_arguments(run, given)
     data = _load(data_arguments, training_arguments)
     set_seed(training_arguments.seed)
     model, processor, origin = build_model(model_arguments, data_arguments, data.classes, tell)
@@ -80,19 +85,21 @@ def run_training(
     tell(_plan(trainer, model, data, checkpoint))
     if data_arguments.dry_run:
         tell(f"Dry run: nothing was trained. Look at {run / 'contact_sheet.png'}.")
-        return TrainingResult(run, {}, model.eval())
+        return TrainingResult(run, {}, model.eval(), processor)
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     is_scored = trainer.scored_step == trainer.state.global_step and not training_arguments.load_best_model_at_end
     if data.validation is not None and not is_scored:
         trainer.evaluate()
-    metrics = describe_run(trainer, arguments, data, statistics, origin, outcome.training_loss, seconds, command)
+    metrics = describe_run(
+        trainer, arguments, data, statistics, origin, outcome.training_loss, seconds, command, bool(checkpoint)
+    )
     if trainer.is_world_process_zero():
-        save_model(run, trainer.accelerator.unwrap_model(trainer.model), processor)
-        write_report(run, metrics, trainer.state.log_history, data.classes, trainer.scores.last)
+        report = partial(write_report, run, metrics, trainer.state.log_history, data.classes, trainer.scores.last)
+        save_model(run, trainer.accelerator.unwrap_model(trainer.model), processor, report)
         tell(farewell(run, metrics))
-    return TrainingResult(run, metrics, model.eval())
+    return TrainingResult(run, metrics, model.eval(), processor)
 
 
 def _silent(line: str) -> None:
@@ -108,6 +115,7 @@ def _load(arguments: DataArguments, training: CtxSegTrainingArguments) -> DataSp
         eval_split=arguments.eval_split,
         image_column=arguments.image_column,
         label_column=arguments.label_column,
+        eval_fraction=arguments.eval_fraction,
         seed=training.seed,
     )
     if data.validation is None:
@@ -138,6 +146,19 @@ def _prepare(run: Path, arguments: Arguments, data: DataSplits, given: dict[str,
     return checkpoint
 
 
+def _longest_edge(processor: CtxSegImageProcessor) -> int | None:
+    """The edge that pictures are scaled to before augmentation, so that training sees the scale of use."""
+    if not processor.do_resize:
+        return None
+    size: Any = processor.size
+    if not size["max_height"] or size["max_height"] != size["max_width"]:
+        raise ValueError(
+            f"The checkpoint's image processor resizes to {dict(size)}, which training does not do: "
+            "give --image_size, the longest edge in pixels."
+        )
+    return int(size["max_height"])
+
+
 def _make_trainer(
     model: CtxSegForSemanticSegmentation,
     processor: CtxSegImageProcessor,
@@ -154,14 +175,12 @@ def _make_trainer(
         ignore_index=data.classes.ignore_index,
         image_fill=(fill[0], fill[1], fill[2]),
     )
-    size: Any = processor.size  # a checkpoint's processor may bring its own
-    longest_edge = size["max_height"] if processor.do_resize else None
     return SegmentationTrainer(
         model,
         training,
         data.classes,
         processor,
-        train_dataset=TrainingDataset(data.train, transform, processor, training.seed, longest_edge),
+        train_dataset=TrainingDataset(data.train, transform, processor, training.seed, _longest_edge(processor)),
         eval_dataset=EvaluationDataset(data.validation, processor) if data.validation is not None else None,
     )
 
