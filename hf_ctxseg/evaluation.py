@@ -52,7 +52,6 @@ def evaluate(
         ValueError: If model, data or classes do not fit.
     """
     predictor = Predictor(model, device="cpu")  # the trainer moves it to its own device
-    predictor.model.float()
     loaded = load_data(
         data,
         labels=labels,
@@ -71,7 +70,7 @@ def evaluate(
         output_dir=str(folder), per_device_eval_batch_size=batch_size, dataloader_num_workers=0, eval_strategy="no"
     )
     trainer = SegmentationTrainer(
-        predictor.model,
+        predictor.model.float(),
         arguments,
         classes,
         predictor.processor,

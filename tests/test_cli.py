@@ -132,7 +132,11 @@ def test_bad_data_is_refused_before_training(data, tmp_path, capsys, spoil, foun
         ({"config_overrides": "hidden_size=0"}, ("hidden_size is 0, but must be",)),
         ({"config_overrides": "hidden_size"}, ("config_overrides holds 'hidden_size'", "name=value")),
         ({"config_overrides": "hidden_size=[1"}, ("hidden_size=[1", "not readable")),
-        ({"model_name_or_path": "./nowhere"}, ("nowhere", "give a run folder")),
+        (
+            {"model_name_or_path": "./nowhere", "backbone": None, "backbone_weights": None},
+            ("nowhere", "give a run folder"),
+        ),
+        ({"model_name_or_path": "./nowhere"}, ("backbone is given beside model_name_or_path", "leave it out")),
         ({"max_steps": "many"}, ("max_steps", "'many'", "ctxseg train --help")),
         ({"max_step": 3}, ("no flag 'max_step'", "did you mean 'max_steps'")),
         ({"crop_size": 0}, ("crop_size is [0], but must be",)),

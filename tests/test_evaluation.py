@@ -133,7 +133,7 @@ def test_hub_model_does_not_get_a_folder_of_its_name(run, data, tmp_path, monkey
     from hf_ctxseg import evaluation, inference
 
     real = inference.Predictor(run)
-    monkeypatch.setattr(evaluation, "Predictor", lambda name: real)
+    monkeypatch.setattr(evaluation, "Predictor", lambda name, device: real)
     monkeypatch.chdir(tmp_path)
     evaluate("org/name", data, say=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["name-eval-val"]

@@ -275,7 +275,36 @@ def test_failed_run_does_not_look_finished(small, tmp_path, monkeypatch):
         with pytest.raises((OSError, ValueError)):
             auto.from_pretrained(run)
     with pytest.raises(ValueError, match="holds no finished model"):
-        hf_ctxseg.train(**as_arguments(data=small, output_dir=tmp_path / "next", model_name_or_path=str(run)))
+        start = {"backbone": None, "backbone_weights": None, "model_name_or_path": str(run)}
+        hf_ctxseg.train(**as_arguments(data=small, output_dir=tmp_path / "next", **start))
+
+
+def test_run_interrupted_while_its_report_is_written_can_be_finished(small, tmp_path, monkeypatch):
+    from hf_ctxseg import report
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(report, "plot_curves", interrupt)
+        hf_ctxseg.train(**as_arguments(data=small, output_dir=run, save_steps=1))
+    assert not (run / "config.json").exists()
+    hf_ctxseg.train(**as_arguments(data=small, output_dir=run, save_steps=1, resume=True))
+    assert (run / "config.json").is_file() and (run / "README.md").is_file()
+    written = json.loads((run / "metrics.json").read_text())["training"]
+    assert written["steps"] == 3 and written["seconds"] is None  # of the last session alone nothing is claimed
+
+
+def test_run_is_not_continued_with_other_arguments(small, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    _interrupt_at(monkeypatch, 2, RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        hf_ctxseg.train(**as_arguments(data=small, output_dir=run, save_steps=1))
+    before = (run / "args.yaml").read_text()
+    with pytest.raises(ValueError, match=r"started with output_stride=None, but is to be continued with .*stride=8"):
+        hf_ctxseg.train(**as_arguments(data=small, output_dir=run, save_steps=1, resume=True, output_stride=8))
+    assert (run / "args.yaml").read_text() == before
 
 
 # Several processes
