@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from safetensors.torch import load_model
+from transformers import TrainerState, set_seed
 
 from .arguments import Arguments, CtxSegTrainingArguments, DataArguments, arguments_from_dict
 from .augmentation import training_transform
@@ -87,19 +88,31 @@ def run_training(
         tell(f"Dry run: nothing was trained. Look at {run / 'contact_sheet.png'}.")
         return TrainingResult(run, {}, model.eval(), processor)
     started = time.monotonic()
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train_loss = _train(trainer, model, checkpoint)
     seconds = time.monotonic() - started
     is_scored = trainer.scored_step == trainer.state.global_step and not training_arguments.load_best_model_at_end
     if data.validation is not None and not is_scored:
         trainer.evaluate()
     metrics = describe_run(
-        trainer, arguments, data, statistics, origin, outcome.training_loss, seconds, command, bool(checkpoint)
+        trainer, arguments, data, statistics, origin, train_loss, seconds, command, bool(checkpoint)
     )
     if trainer.is_world_process_zero():
         report = partial(write_report, run, metrics, trainer.state.log_history, data.classes, trainer.scores.last)
         save_model(run, trainer.accelerator.unwrap_model(trainer.model), processor, report)
         tell(farewell(run, metrics))
     return TrainingResult(run, metrics, model.eval(), processor)
+
+
+def _train(trainer: SegmentationTrainer, model: CtxSegForSemanticSegmentation, checkpoint: Path | None) -> float:
+    """Train to the end; give the mean loss of this session."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= (trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps):
+            # Interrupted after its last step: Trainer would make one more.
+            load_model(model, checkpoint / "model.safetensors")
+            trainer.state = state
+            return 0.0
+    return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
 
 
 def _silent(line: str) -> None:
