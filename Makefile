@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 FLOOR := .venv-floor
+PARITY := .venv-parity
 BIN := $(VENV)/bin
 PYTEST := -m pytest -n 2
 FAST := -m "not slow"
@@ -10,7 +11,7 @@ FAST := -m "not slow"
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-floor lint clean
+.PHONY: help demo test test-full test-floor parity lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -28,13 +29,16 @@ test-full: lint ## Lint, types and every test
 test-floor: $(FLOOR)/.dev ## The tests of `make test` on the lowest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python $(PYTEST) $(FAST)
 
+parity: $(PARITY)/.dev ## Compare converted models with the code bases that their weights come from
+	OMP_NUM_THREADS=1 $(PARITY)/bin/python $(PYTEST) -W ignore tests/parity  # what the peers warn of is theirs
+
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## Remove environments, caches and builds (trained runs stay)
-	rm -rf $(VENV) $(FLOOR) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(FLOOR) $(PARITY) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files .demo and .dev say that an environment is complete; they are renewed when pyproject.toml changes.
@@ -53,4 +57,10 @@ $(FLOOR)/.dev: pyproject.toml scripts/floor_requirements.py
 	$(FLOOR)/bin/python -m pip install --upgrade "pip>=25.1"
 	$(FLOOR)/bin/python scripts/floor_requirements.py > $(FLOOR)/constraints.txt
 	$(FLOOR)/bin/python -m pip install --editable ".[demo]" --group dev --constraint $(FLOOR)/constraints.txt
+	touch $@
+
+$(PARITY)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --upgrade "pip>=25.1"
+	$(PARITY)/bin/python -m pip install --editable . --group parity
 	touch $@

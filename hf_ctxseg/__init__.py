@@ -13,27 +13,38 @@ from typing import TYPE_CHECKING, Any
 if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from .aspp import ASPP
+from .catalogue import BackboneInfo, list_backbones
 from .configuration_ctxseg import CtxSegConfig
 from .dense_loss import upsampled_cross_entropy
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .modeling_ctxseg import CtxSegForSemanticSegmentation, CtxSegModel
-from .modeling_deeplabv3 import ASPP, DeepLabV3Config, DeepLabV3ForSemanticSegmentation, DeepLabV3Model
+from .modeling_deeplabv2 import DeepLabV2Config, DeepLabV2ForSemanticSegmentation, DeepLabV2Model
+from .modeling_deeplabv3 import DeepLabV3Config, DeepLabV3ForSemanticSegmentation, DeepLabV3Model
+from .modeling_deeplabv3plus import DeepLabV3PlusConfig, DeepLabV3PlusForSemanticSegmentation, DeepLabV3PlusModel
+from .modeling_nonlocal import NonLocalConfig, NonLocalForSemanticSegmentation, NonLocalModel
+from .nonlocal_block import NonLocal1d, NonLocal2d, NonLocal3d
+from .presets import Preset, list_models, preset
 from .registry import MODELS, register
 
 if TYPE_CHECKING:
     from .evaluation import evaluate
-    from .inference import Prediction, predict
+    from .inference import Prediction, attention_map, predict
     from .metrics import MeanIoU
     from .publishing import push
     from .training import train
 
 __version__ = version("hf-ctxseg")
 
+register(DeepLabV2Config, DeepLabV2Model, DeepLabV2ForSemanticSegmentation)
 register(DeepLabV3Config, DeepLabV3Model, DeepLabV3ForSemanticSegmentation)
+register(DeepLabV3PlusConfig, DeepLabV3PlusModel, DeepLabV3PlusForSemanticSegmentation)
+register(NonLocalConfig, NonLocalModel, NonLocalForSemanticSegmentation)
 
 _LAZY = {
     "MeanIoU": "metrics",
     "Prediction": "inference",
+    "attention_map": "inference",
     "evaluate": "evaluation",
     "predict": "inference",
     "push": "publishing",
@@ -53,17 +64,35 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "ASPP",
     "MODELS",
+    "BackboneInfo",
     "CtxSegConfig",
     "CtxSegForSemanticSegmentation",
     "CtxSegImageProcessor",
     "CtxSegModel",
+    "DeepLabV2Config",
+    "DeepLabV2ForSemanticSegmentation",
+    "DeepLabV2Model",
     "DeepLabV3Config",
     "DeepLabV3ForSemanticSegmentation",
     "DeepLabV3Model",
+    "DeepLabV3PlusConfig",
+    "DeepLabV3PlusForSemanticSegmentation",
+    "DeepLabV3PlusModel",
     "MeanIoU",
+    "NonLocal1d",
+    "NonLocal2d",
+    "NonLocal3d",
+    "NonLocalConfig",
+    "NonLocalForSemanticSegmentation",
+    "NonLocalModel",
     "Prediction",
+    "Preset",
+    "attention_map",
     "evaluate",
+    "list_backbones",
+    "list_models",
     "predict",
+    "preset",
     "push",
     "register",
     "train",

@@ -19,6 +19,9 @@ class ModelArguments:
 
     head: str = field(default="deeplabv3", metadata={"help": "Context head: the name of a registered model."})
     backbone: str = field(default="resnet50", metadata={"help": "Name of a timm model that can dilate."})
+    preset: str | None = field(
+        default=None, metadata={"help": "Head and backbone by one name, instead of both: see `ctxseg models`."}
+    )
     backbone_weights: str | None = field(
         default=None,
         metadata={
@@ -261,11 +264,14 @@ def _build(given: dict[str, Any]) -> Arguments:
         names = {item.name for item in fields(kind) if item.init}
         built.append(kind(**{name: value for name, value in given.items() if name in names}))
     model_arguments, data_arguments, training_arguments = built
-    both = sorted({"head", "backbone", "backbone_weights"} & {name for name, value in given.items() if value})
+    stated = {name for name, value in given.items() if value}
+    both = sorted({"head", "backbone", "backbone_weights", "preset"} & stated)
     if given.get("model_name_or_path") is not None and both:
         raise ValueError(
             f"{both[0]} is given beside model_name_or_path, whose checkpoint brings its own: leave it out."
         )
+    if "preset" in stated and (both := sorted({"head", "backbone"} & stated)):
+        raise ValueError(f"{both[0]} is given beside preset, which brings its own: leave one of the two out.")
     _check_pictures(model_arguments)
     _check(data_arguments)
     return model_arguments, data_arguments, training_arguments  # type: ignore[return-value]

@@ -1,11 +1,8 @@
-"""timm networks as dilated backbones: feature maps at an output stride that is checked, not believed.
-
-Of timm's names about a third take `output_stride`; some of the others refuse it with an empty message, some ignore it.
-`DilatedBackbone` compares the reduction that the network reports with the one asked for and names alternatives.
-"""
+"""timm networks as dilated backbones: feature maps at an output stride that is checked, not believed."""
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,13 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import TimmBackbone, TimmBackboneConfig
 
+from .backbone_edit import NONLOCAL_NAME, dilate_first_blocks, insert_nonlocal_blocks, set_multi_grid
+from .backbone_probe import FeatureLevels, probe, run_padded, to_channels_first
 from .configuration_ctxseg import CtxSegConfig
+from .nonlocal_block import NonLocal2d
 
 DILATABLE = ("resnet50", "mobilenetv2_100", "tf_efficientnet_lite0", "convnext_tiny", "regnety_016", "xception65")
 
@@ -24,49 +25,80 @@ DILATABLE = ("resnet50", "mobilenetv2_100", "tf_efficientnet_lite0", "convnext_t
 class DilatedBackbone(TimmBackbone):
     """A timm network that gives feature maps, its deepest at `config.output_stride`.
 
-    Channels and reductions are its whole interface to the heads.
+    Channels and reductions are its whole interface to the heads. Networks that cannot dilate (VGG, Swin, ViT,
+    DenseNet, HRNet, …) are taken at their native stride when `output_stride` says so.
 
     Args:
-        config: A configuration of this package; `backbone`, `backbone_kwargs`, `output_stride`, `num_channels` and
-            `use_auxiliary_head` are read.
+        config: A configuration of this package; its fields on backbone, stride and input channels are read,
+            `use_auxiliary_head` and `low_level_reduction`.
 
     Attributes:
         channels: Channels of each returned map, shallow to deep.
         reductions: Input pixels per step of each returned map.
 
     Shape:
-        input (B, num_channels, H, W), output: a list of (B, C, ceil(H / reduction), ceil(W / reduction)), rounded down
-        instead by networks with a patch stem such as ConvNeXt; the deepest last, before it the last but one stage
-        where an auxiliary head needs it.
+        input (B, num_channels, H, W), output: a list of (B, C, ceil(H / reduction), ceil(W / reduction)); the deepest
+        last, before it the last but one stage where an auxiliary head needs it, before them the map of
+        `low_level_reduction` where the head takes one.
 
     Raises:
-        ValueError: If timm does not know the name, or the network cannot reach the output stride.
+        ValueError: If timm does not know the name, or the network cannot reach the output stride, has no map that the
+            head takes, or no stages for `multi_grid` or `backbone_nonlocal_stages`.
     """
 
     def __init__(self, config: CtxSegConfig) -> None:
         check_backbone_name(config.backbone)
-        levels = [-2, -1] if config.use_auxiliary_head else [-1]
-        arguments = config.backbone_kwargs or {}
-        try:
-            try:
-                super().__init__(_timm_config(config, levels, config.output_stride), **arguments)
-            except TypeError:  # networks without dilation do not know output_stride; theirs may be the one asked for
-                super().__init__(_timm_config(config, levels, None), **arguments)
-            reached = self._backbone.feature_info.reduction()[-1]
-            cause: Exception | None = None
-        except (TypeError, AssertionError, RuntimeError, NotImplementedError, ValueError, IndexError) as error:
-            reached, cause = None, error
-        if reached != config.output_stride:
-            raise ValueError(_stride_message(config, reached, cause)) from cause
+        stride, plan = _plan(config)
+        chosen = _choose_levels(config, plan)
+        arguments = {**(config.backbone_kwargs or {}), **plan.arguments}
+        timm_config = TimmBackboneConfig(
+            backbone=config.backbone,
+            num_channels=config.num_channels,
+            out_indices=[plan.indices[level] for level in chosen],
+            output_stride=stride,
+        )
+        super().__init__(timm_config, **arguments)
         self.arguments = arguments
-        self.reductions: list[int] = list(self._backbone.feature_info.reduction())
+        self.pad_to = plan.pad_to
+        self.reductions: list[int] = [plan.reductions[level] for level in chosen]
+        self._edit(config, plan)
+
+    def _edit(self, config: CtxSegConfig, plan: FeatureLevels) -> None:
+        """Make the changes that timm's own arguments cannot express."""
+        native = probe(config.backbone, None, config.num_channels, config.backbone_kwargs).reductions
+        if config.dilate_first_block:
+            dilate_first_blocks(self._backbone, config.backbone, **{**self.arguments, "in_chans": config.num_channels})
+        try:
+            if config.multi_grid is not None:
+                rate = native[-1] // plan.reductions[-1]
+                set_multi_grid(self._backbone, plan.modules[-1], config.multi_grid, rate)
+            for stage in config.backbone_nonlocal_stages or ():
+                if stage not in native:
+                    raise ValueError(f"backbone_nonlocal_stages names {stage}, but there is no such stage")
+                level = _last(native, stage)
+                block = partial(NonLocal2d, plan.channels[level], mode=config.backbone_nonlocal_mode)
+                insert_nonlocal_blocks(self._backbone, plan.modules[level], block)
+        except ValueError as error:
+            raise ValueError(
+                f"The backbone {config.backbone!r}, with stages at the reductions {list(native)}, cannot be changed "
+                f"as asked: {error}."
+            ) from error
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, NonLocal2d):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        super()._initialize_weights(module, is_custom_code=False)  # blocks too, as in CtxSegPreTrainedModel
 
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Give the feature maps, shallow to deep, channels first."""
-        maps = self._backbone(pixel_values)
-        if getattr(self._backbone, "output_fmt", "NCHW") == "NHWC":  # Swin and others
-            maps = [level.permute(0, 3, 1, 2) for level in maps]  # (B, C, h, w)
-        return list(maps)
+        if self.pad_to > 1:
+            return run_padded(self._backbone, pixel_values, self.pad_to, self.reductions)
+        return to_channels_first(self._backbone, self._backbone(pixel_values))
 
     def load_backbone_weights(self, weights: str | Path | Mapping[str, torch.Tensor] | None) -> None:
         """Load ImageNet weights into the network as it stands; its stride stays.
@@ -105,11 +137,15 @@ class DilatedBackbone(TimmBackbone):
                 "check the connection, give a file in timm's names with --backbone_weights FILE.safetensors, or train "
                 "from random weights with --backbone_weights none."
             ) from error
-        self._backbone.load_state_dict(source.state_dict())
+        added = {key: value for key, value in self._backbone.state_dict().items() if NONLOCAL_NAME in key}
+        self._backbone.load_state_dict({**source.state_dict(), **added})
+
+    def _timm_keys(self) -> list[str]:
+        return [key for key in self._backbone.state_dict() if NONLOCAL_NAME not in key]
 
     def _select(self, state_dict: Mapping[str, torch.Tensor], weights: Any) -> dict[str, torch.Tensor]:
         """Give the tensors that this backbone has; timm's feature networks call `stages.0` `stages_0` or prefix it."""
-        wanted = {key.removeprefix("model.").replace(".", "_"): key for key in self._backbone.state_dict()}
+        wanted = {key.removeprefix("model.").replace(".", "_"): key for key in self._timm_keys()}
         # timm before 1.0.30 reads a Swin file without its classifier by older names; loading drops the classifier.
         kept = {*wanted, "head_fc_weight"}
         selected = {key: value for key, value in state_dict.items() if key.replace(".", "_") in kept}
@@ -127,14 +163,42 @@ class DilatedBackbone(TimmBackbone):
         return selected
 
 
-def _timm_config(config: CtxSegConfig, levels: Sequence[int], output_stride: int | None) -> TimmBackboneConfig:
-    # 32 is the native stride of most networks; those without dilation do not know the argument at all.
-    return TimmBackboneConfig(
-        backbone=config.backbone,
-        num_channels=config.num_channels,
-        out_indices=list(levels),
-        output_stride=None if output_stride == 32 else output_stride,
-    )
+def _plan(config: CtxSegConfig) -> tuple[int | None, FeatureLevels]:
+    """Find the levels of the network at the output stride, and what timm is asked for to give them.
+
+    Raises:
+        ValueError: If it does not reach the stride.
+    """
+    found: list[str] = []
+    for stride in (None, config.output_stride):  # networks without dilation do not know the argument at all
+        try:
+            levels = probe(config.backbone, stride, config.num_channels, config.backbone_kwargs)
+        except ValueError as error:
+            found.append(f"timm: {error}")
+            continue
+        if levels.reductions[-1] == config.output_stride:
+            return stride, levels
+        found.append(f"timm gave stride {levels.reductions[-1]}")
+    raise ValueError(_stride_message(config, found))
+
+
+def _choose_levels(config: CtxSegConfig, plan: FeatureLevels) -> list[int]:
+    levels = {len(plan.reductions) - 1}
+    if config.use_auxiliary_head:
+        levels.add(len(plan.reductions) - 2)
+    low = config.low_level_reduction
+    if low is not None:
+        if low not in plan.reductions[:-1]:
+            raise ValueError(
+                f"The head takes a feature map at stride {low}, but the backbone {config.backbone!r} has maps at "
+                f"{list(plan.reductions)} only: choose another, for example {', '.join(DILATABLE)}."
+            )
+        levels.add(_last(plan.reductions, low))
+    return sorted(levels)
+
+
+def _last(values: Sequence[int], value: int) -> int:
+    return len(values) - 1 - list(reversed(values)).index(value)
 
 
 def check_backbone_name(name: str) -> None:
@@ -148,34 +212,33 @@ def check_backbone_name(name: str) -> None:
     raise ValueError(f"timm {timm.__version__} has no backbone {name!r}: {hint}")
 
 
-def reachable_strides(name: str) -> list[int]:
-    """Which of the output strides 8, 16 and 32 a timm network reaches, found by building it without weights."""
-    reached = set()
-    for stride in (None, 16, 8):
-        arguments = {} if stride is None else {"output_stride": stride}
+def reachable_strides(
+    name: str, num_channels: int = 3, arguments: Mapping[str, Any] | None = None
+) -> dict[int, FeatureLevels]:
+    """Which output strides a timm network reaches, 8 and 16 and its native one, found by building and running it."""
+    reached: dict[int, FeatureLevels] = {}
+    for stride in (8, 16, None):
         try:
-            with torch.device("meta"):
-                net = timm.create_model(name, features_only=True, **arguments)
-            reached.add(net.feature_info.reduction()[-1])
-        except (TypeError, AssertionError, RuntimeError, NotImplementedError, ValueError, IndexError, AttributeError):
+            levels = probe(name, stride, num_channels, arguments)
+        except ValueError:
             continue
-    return sorted(reached)
+        reached.setdefault(levels.reductions[-1], levels)
+    return dict(sorted(reached.items()))
 
 
-def _stride_message(config: CtxSegConfig, reached: int | None, cause: Exception | None) -> str:
-    strides = reachable_strides(config.backbone)
+def _stride_message(config: CtxSegConfig, found: Sequence[str]) -> str:
+    strides = reachable_strides(config.backbone, config.num_channels, config.backbone_kwargs)
+    if not strides and config.backbone_kwargs and reachable_strides(config.backbone, config.num_channels):
+        return f"The backbone {config.backbone!r} could not be built with {config.backbone_kwargs}: {found[0]}"
     if not strides:
         return (
-            f"The backbone {config.backbone!r} gives no feature maps in timm {timm.__version__}: choose another, for "
-            f"example {', '.join(DILATABLE)}."
+            f"The backbone {config.backbone!r} gives no feature maps for pictures of any size in timm "
+            f"{timm.__version__} ({found[0]}): choose another, for example {', '.join(DILATABLE)}."
         )
-    if cause is not None and config.output_stride in strides:
-        return f"The backbone {config.backbone!r} could not be built: {cause}"
-    found = f" (timm gave stride {reached})" if reached is not None else ""
     able = ", ".join(str(stride) for stride in strides)
     return (
-        f"The backbone {config.backbone!r} cannot reach output_stride {config.output_stride}{found}: it reaches "
-        f"{able}. Set output_stride to one of these, or choose a backbone that can dilate, for example "
+        f"The backbone {config.backbone!r} cannot reach output_stride {config.output_stride} ({found[-1]}): it "
+        f"reaches {able}. Set output_stride to one of these, or choose a backbone that can dilate, for example "
         f"{', '.join(DILATABLE)}."
     )
 

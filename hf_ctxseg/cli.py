@@ -18,6 +18,7 @@ VERBS = {
     "eval": "score a model on labelled pictures",
     "predict": "segment pictures: masks and overlays",
     "push": "publish a run folder on the Hub",
+    "models": "list heads, presets and backbones",
     "demo": "train on generated scenes, from nothing to an overlay, in a few minutes",
 }
 
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
         return _usage(arguments)
     _quiet()
-    run = {"train": _train, "eval": _eval, "predict": _predict, "push": _push, "demo": _demo}[arguments[0]]
+    run = {"train": _train, "eval": _eval, "predict": _predict, "push": _push, "models": _models, "demo": _demo}[
+        arguments[0]
+    ]
     try:
         return run(arguments[1:])
     except KeyboardInterrupt:
@@ -163,11 +166,17 @@ def _predict(argv: list[str]) -> int:
     parser.add_argument("model", help="run folder, or name of a model on the Hub")
     parser.add_argument("images", nargs="+", help="picture files, and folders of them")
     parser.add_argument("--out", required=True, type=Path, help="folder for NAME_mask.png and NAME_overlay.png")
+    parser.add_argument(
+        "--attention",
+        type=_pixel,
+        metavar="X,Y",
+        help="also draw what this pixel looks at in a model's non-local block: NAME_attention.png",
+    )
     options = parser.parse_args(argv)
     from .inference import Predictor, find_pictures, predict_files
 
     list(find_pictures(options.images))
-    written, failed = predict_files(Predictor(options.model), options.images, options.out)
+    written, failed = predict_files(Predictor(options.model), options.images, options.out, options.attention)
     for path in written:
         print(path)
     for message in failed:
@@ -175,6 +184,16 @@ def _predict(argv: list[str]) -> int:
     if failed:
         print(f"{len(failed)} of {len(written) + len(failed)} pictures could not be segmented.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _pixel(text: str) -> tuple[int, int]:
+    try:
+        x, y = (int(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no pixel: give its column and row, for example 120,80"
+        ) from error
+    return x, y
 
 
 def _push(argv: list[str]) -> int:
@@ -208,6 +227,35 @@ def _ask(listing: str) -> bool:
     if not sys.stdin.isatty():
         raise ValueError("There is nobody to confirm the upload: pass --yes.")
     return input("Upload? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _models(argv: list[str]) -> int:
+    parser = _parser("models", "ctxseg models [deeplabv3-resnet50]\n       ctxseg models --backbones '*resnet*'")
+    parser.add_argument("name", nargs="?", help="preset or head whose configuration is printed")
+    parser.add_argument(
+        "--backbones",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="list timm's networks by building and running each, a second apiece the first time; wildcards in quotes",
+    )
+    parser.add_argument("--output_stride", type=int, help="only backbones that reach this stride")
+    parser.add_argument("--all", action="store_true", help="also the networks that give no maps, with the reason")
+    parser.add_argument("--report", choices=("table", "json", "csv"), default="table", help="what is printed")
+    options = parser.parse_args(argv)
+    if options.backbones is None and (options.all or options.output_stride is not None):
+        parser.error("--output_stride and --all choose among --backbones: give it too")
+    if options.name is not None and (options.backbones is not None or options.report != "table"):
+        parser.error(f"the configuration of {options.name} is printed alone, as JSON: leave out the flags")
+    from .listing import print_backbones, print_models, print_preset
+
+    if options.backbones is not None:
+        print_backbones(options.backbones, options.output_stride, options.report, options.all)
+    elif options.name is not None:
+        print_preset(options.name)
+    else:
+        print_models(options.report)
+    return 0
 
 
 def _demo(argv: list[str]) -> int:

@@ -6,9 +6,9 @@ nearest valid name, and each value is checked when the config is made.
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -48,6 +48,33 @@ def check_number(
     )
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`, with the nearest one."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"{name} is {value!r}: {hint}It must be one of {', '.join(choices)}.")
+
+
+def check_flags(config: PreTrainedConfig, *names: str) -> None:
+    """Raise `ValueError` unless each of these fields is true or false."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} is {getattr(config, name)!r}, but must be true or false.")
+
+
+def check_whole_numbers(name: str, values: Any, example: str) -> None:
+    """Raise `ValueError` unless `values` is a list of whole numbers above 0."""
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} is {values!r}, but must be a list such as {example}.")
+    for index, value in enumerate(values):
+        check_number(f"{name}[{index}]", value, 1, float("inf"), int)
+
+
+NONLOCAL_MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+
+
 class CtxSegConfig(PreTrainedConfig):
     """Fields shared by every model of the package.
 
@@ -57,6 +84,13 @@ class CtxSegConfig(PreTrainedConfig):
         num_channels: Channels of the input picture.
         output_stride: Input pixels per step of the deepest feature map: 8, 16 or 32 for most backbones. What the
             backbone really reaches is checked when the model is built.
+        multi_grid: Factors of the atrous rates of the last stage's blocks, one for each block (arXiv 1706.05587,
+            section 3.1.1), for ResNets and their relatives and for Xception; None: all 1.
+        dilate_first_block: Give the first block of a dilated stage the stage's own rate, as torchvision's MobileNetV3
+            and smp do; timm, torchvision's ResNets and mmsegmentation give it the rate of the stage before.
+        backbone_nonlocal_stages: Native reductions of the backbone's stages in which every second block is followed by
+            a non-local block; [8, 16] are res3 and res4 of arXiv 1711.07971, section 4.1. None: no such blocks.
+        backbone_nonlocal_mode: Pairwise function of these blocks.
         hidden_size: Width of the context head.
         norm_eps: Epsilon of the head's batch normalisation.
         norm_momentum: Share of the new batch in the head's running statistics (torch's convention).
@@ -76,6 +110,10 @@ class CtxSegConfig(PreTrainedConfig):
     backbone_kwargs: dict[str, Any] | None = None
     num_channels: int = 3
     output_stride: int = 16
+    multi_grid: list[int] | tuple[int, ...] | None = None
+    dilate_first_block: bool = False
+    backbone_nonlocal_stages: list[int] | tuple[int, ...] | None = None
+    backbone_nonlocal_mode: str = "embedded_gaussian"
     hidden_size: int = 256
     norm_eps: float = 1e-5
     norm_momentum: float = 0.1
@@ -87,7 +125,13 @@ class CtxSegConfig(PreTrainedConfig):
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | None = None
 
+    # Reduction of a further, finer map that the head takes beside the deepest one; None: no such map.
+    low_level_reduction: ClassVar[int | None] = None
+
     def __post_init__(self, **kwargs: Any) -> None:
+        for field in fields(self):  # as JSON gives them back
+            if isinstance(getattr(self, field.name), tuple):
+                setattr(self, field.name, list(getattr(self, field.name)))
         known = {field.name for field in fields(self)}
         self._refuse_unknown(set(kwargs) - known - _TRANSFORMERS_KEYS, known | {"num_labels"})
         names: Any = getattr(self, "id2label", None)
@@ -175,9 +219,12 @@ class CtxSegConfig(PreTrainedConfig):
                 f"{self.id2label[self.semantic_loss_ignore_index]!r}: use a value outside 0 … {self.num_labels - 1}."
             )
         self._check_palette()
-        for name in ("align_corners", "use_auxiliary_head"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be true or false.")
+        check_flags(self, "align_corners", "use_auxiliary_head", "dilate_first_block")
+        if self.multi_grid is not None:
+            check_whole_numbers("multi_grid", self.multi_grid, "[1, 2, 4]")
+        if self.backbone_nonlocal_stages is not None:
+            check_whole_numbers("backbone_nonlocal_stages", self.backbone_nonlocal_stages, "[8, 16]")
+        check_choice("backbone_nonlocal_mode", self.backbone_nonlocal_mode, NONLOCAL_MODES)
 
     def _check_palette(self) -> None:
         # Another number of classes, given to from_pretrained, leaves the saved colours behind: they are ignored then.

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from .attention import attention_picture, check_has_block, heat_map
 from .image_processing_ctxseg import CtxSegImageProcessor, open_image, to_8_bit, to_rgb
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .visualization import default_palette, mask_to_image, overlay, with_legend
@@ -86,13 +87,20 @@ class Predictor:
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Prediction:
         """Segment one picture: a path, a Pillow picture, or an array (H, W), (H, W, 3) or (3, H, W)."""
+        picture = self._open(image)
+        return Prediction(predict_mask(self.model, self.processor, picture), self.names, self.palette, picture)
+
+    def attention(self, image: str | Path | Image.Image | np.ndarray, query: tuple[int, int]) -> np.ndarray:
+        """Give the attention weights (H, W) of the pixel `query` (x, y); see `attention_map`."""
+        return heat_map(self.model, self.processor, self._open(image), query)
+
+    def _open(self, image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         if isinstance(image, (str, Path)):
             image = open_image(str(image))
         if isinstance(image, np.ndarray):
             pixels = self.processor.process_image(image, do_convert_rgb=True)  # (3, H, W)
             image = Image.fromarray(to_8_bit(pixels.permute(1, 2, 0).numpy()))
-        picture = to_rgb(image)
-        return Prediction(predict_mask(self.model, self.processor, picture), self.names, self.palette, picture)
+        return to_rgb(image)
 
 
 def predict(
@@ -117,6 +125,35 @@ def predict(
         FileNotFoundError: If there is no such picture.
     """
     return Predictor(model, processor, device)(image)
+
+
+def attention_map(
+    model: str | Path | CtxSegForSemanticSegmentation,
+    image: str | Path | Image.Image | np.ndarray,
+    query: tuple[int, int],
+    processor: CtxSegImageProcessor | None = None,
+    device: str | torch.device | None = None,
+) -> np.ndarray:
+    """Show what weights a model's last non-local block gives to the parts of a picture, seen from one pixel.
+
+    Args:
+        model: A run folder, the name of a model on the Hub, or a segmentation model of this package, in any case with
+            a non-local block: in its head, after its ASPP or in its backbone.
+        image: A path, a Pillow picture, or an array (H, W), (H, W, 3) or (3, H, W).
+        query: The pixel (x to the right, y down), counted from 0.
+        processor: The image processor; by default the model's own.
+        device: Where to compute; by default a GPU if there is one.
+
+    Returns:
+        float32 (H, W) of the picture's size: weights of the block's keys, interpolated. Softmax modes give shares of
+        1, `dot_product` gives any sign, `concatenation` values from 0.
+
+    Raises:
+        ValueError: If the model or the picture cannot be read, the model has no non-local block, or the pixel lies
+            outside the picture.
+        FileNotFoundError: If there is no such picture.
+    """
+    return Predictor(model, processor, device).attention(image, query)
 
 
 def predict_mask(
@@ -195,17 +232,25 @@ def find_pictures(inputs: Sequence[str | Path]) -> Iterator[tuple[Path, Path]]:
             raise FileNotFoundError(f"There is no picture or folder {item}: check the path.")
 
 
-def predict_files(predictor: Predictor, inputs: Sequence[str | Path], out: Path) -> tuple[list[Path], list[str]]:
+def predict_files(
+    predictor: Predictor, inputs: Sequence[str | Path], out: Path, query: tuple[int, int] | None = None
+) -> tuple[list[Path], list[str]]:
     """Segment picture files; each gives `<name>_mask.png` (class indices) and `<name>_overlay.png` (with legend).
 
     Args:
         predictor: The model.
         inputs: Files and folders.
         out: Folder for the results.
+        query: A pixel (x, y) whose attention weights are drawn too, as `<name>_attention.png`.
 
     Returns:
         The overlays written, and one sentence for each picture that could not be read.
+
+    Raises:
+        ValueError: If a query is given and the model has no non-local block.
     """
+    if query is not None:
+        check_has_block(predictor.model)
     # an earlier call's results may lie in a folder below the pictures
     pictures = [pair for pair in find_pictures(inputs) if out.resolve() not in pair[0].resolve().parents]
     written: list[Path] = []
@@ -216,6 +261,7 @@ def predict_files(predictor: Predictor, inputs: Sequence[str | Path], out: Path)
         taken.add(stem)
         try:
             prediction = predictor(path)
+            weights = None if query is None else predictor.attention(prediction.picture, query)
         except (ValueError, OSError) as error:
             failed.append(str(error) if str(path) in str(error) else f"{path}: {error}")
             continue
@@ -224,6 +270,8 @@ def predict_files(predictor: Predictor, inputs: Sequence[str | Path], out: Path)
         prediction.mask_image.save(target.with_name(f"{stem.name}_mask.png"))
         written.append(target.with_name(f"{stem.name}_overlay.png"))
         prediction.overlay.save(written[-1])
+        if query is not None and weights is not None:
+            attention_picture(prediction.picture, weights, query).save(target.with_name(f"{stem.name}_attention.png"))
     return written, failed
 
 

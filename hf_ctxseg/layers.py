@@ -29,7 +29,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU; padded so that the size stays.
+    """Convolution, batch normalisation, ReLU; padded so that the size stays.
 
     Args:
         in_channels: Channels of the input.
@@ -38,6 +38,7 @@ class ConvNormAct(nn.Module):
         dilation: Atrous rate.
         norm_eps: Epsilon of the normalisation.
         norm_momentum: Share of the new batch in the running statistics.
+        bias: Whether the convolution has a bias; the normalisation makes it needless, some checkpoints have it.
 
     Shape:
         input (B, in_channels, H, W), output (B, out_channels, H, W)
@@ -51,10 +52,11 @@ class ConvNormAct(nn.Module):
         dilation: int = 1,
         norm_eps: float = 1e-5,
         norm_momentum: float = 0.1,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         padding = dilation * (kernel_size // 2)
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=bias)
         self.norm = BatchNorm2d(out_channels, eps=norm_eps, momentum=norm_momentum)
         self.act = nn.ReLU(inplace=True)
 
@@ -62,6 +64,50 @@ class ConvNormAct(nn.Module):
         """Apply the three layers."""
         hidden_state = self.act(self.norm(self.conv(hidden_state)))
         return hidden_state  # (B, out_channels, H, W)
+
+
+class SeparableConvNormAct(nn.Module):
+    """Atrous separable 3×3 convolution: depthwise with a rate, then pointwise (arXiv 1802.02611, section 3.1).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        dilation: Atrous rate of the depthwise convolution.
+        norm_eps: Epsilon of the normalisations.
+        norm_momentum: Share of the new batch in the running statistics.
+        norm_between: Whether batch normalisation and ReLU follow the depthwise convolution too, as in the authors'
+            code.
+
+    Shape:
+        input (B, in_channels, H, W), output (B, out_channels, H, W)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dilation: int = 1,
+        norm_eps: float = 1e-5,
+        norm_momentum: float = 0.1,
+        norm_between: bool = True,
+    ) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, 3, padding=dilation, dilation=dilation, groups=in_channels, bias=False
+        )
+        self.depthwise_norm = BatchNorm2d(in_channels, eps=norm_eps, momentum=norm_momentum) if norm_between else None
+        self.pointwise = ConvNormAct(in_channels, out_channels, norm_eps=norm_eps, norm_momentum=norm_momentum)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """Apply depthwise and pointwise convolution."""
+        hidden_state = self.depthwise(hidden_state)  # (B, in_channels, H, W)
+        if self.depthwise_norm is not None:
+            hidden_state = F.relu(self.depthwise_norm(hidden_state), inplace=True)
+        return self.pointwise(hidden_state)  # (B, out_channels, H, W)
+
+
+class Classifier(nn.Conv2d):
+    """Convolution to class logits: it starts from small weights, so that the first loss is about log(num_labels)."""
 
 
 def resize_like(maps: torch.Tensor, size: tuple[int, int] | torch.Size, align_corners: bool = False) -> torch.Tensor:

@@ -14,6 +14,7 @@ from .backbone import packaged_weights
 from .configuration_ctxseg import CtxSegConfig
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .presets import find_preset, preset
 from .registry import MODELS, find_head
 from .samples import ClassInfo
 
@@ -41,8 +42,12 @@ def build_model(
         given |= _fit(data_arguments.image_size)
     if arguments.model_name_or_path is not None:
         return _from_checkpoint(arguments.model_name_or_path, fields, given, classes, tell)
-    config_class, _, segmentation_class = find_head(arguments.head)
-    config = config_class(backbone=arguments.backbone, **fields)
+    if arguments.preset is not None:
+        segmentation_class = find_head(find_preset(arguments.preset).head)[2]
+        config = preset(arguments.preset, **fields)
+    else:
+        config_class, _, segmentation_class = find_head(arguments.head)
+        config = config_class(backbone=arguments.backbone, **fields)
     model, origin = _with_backbone_weights(segmentation_class, config, arguments.backbone_weights)
     processor = CtxSegImageProcessor.for_backbone(config.backbone, align_corners=config.align_corners, **given)
     return model, processor, origin
@@ -142,4 +147,4 @@ def _renew_classifiers(model: CtxSegForSemanticSegmentation) -> set[str]:
             parameter._is_hf_initialized = False  # type: ignore[attr-defined]
         for module in head.modules():
             model._init_weights(module)
-    return {f"{name}.{kind}" for name in heads for kind in ("weight", "bias")}
+    return {f"{name}.{kind}" for name, head in heads.items() for kind, _ in head.named_parameters()}

@@ -5,6 +5,7 @@ FCN head on the last but one stage (Zhao et al., arXiv 1612.01105, section 3.3).
 those of transformers' own models do.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,8 @@ from typing_extensions import Self
 from .backbone import DilatedBackbone
 from .configuration_ctxseg import CtxSegConfig
 from .dense_loss import upsampled_cross_entropy
-from .layers import ConvNormAct
+from .layers import Classifier, ConvNormAct
+from .nonlocal_block import NonLocalBlock
 
 
 class ContextHead(nn.Module):
@@ -36,7 +38,7 @@ class ContextHead(nn.Module):
 
     def build_classifier(self, in_channels: int) -> nn.Module:
         """Give the module that turns (B, in_channels, h, w) into logits (B, num_labels, h, w)."""
-        return nn.Conv2d(in_channels, self.config.num_labels, kernel_size=1)
+        return Classifier(in_channels, self.config.num_labels, kernel_size=1)
 
 
 class FCNHead(nn.Module):
@@ -53,7 +55,7 @@ class FCNHead(nn.Module):
             in_channels, width, kernel_size=3, norm_eps=config.norm_eps, norm_momentum=config.norm_momentum
         )
         self.dropout = nn.Dropout2d(config.classifier_dropout)
-        self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1)
+        self.classifier = Classifier(width, config.num_labels, kernel_size=1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Give the auxiliary logits."""
@@ -73,19 +75,29 @@ class CtxSegPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
-            # A He-initialised classifier would start far above log(num_labels).
-            is_classifier = module.bias is not None
-            if is_classifier:
+            if isinstance(module, Classifier):  # He initialisation would start the loss far above log(num_labels)
                 init.normal_(module.weight, std=0.01)
+            else:  # He initialisation; torch's own counts the outputs of all groups, too many for a depthwise convolution
+                fan_out = module.weight[:, 0].numel() // module.groups
+                init.normal_(module.weight, std=math.sqrt(2) / math.sqrt(fan_out))
+            if module.bias is not None:
                 init.zeros_(module.bias)
-            else:
-                init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
             init.ones_(module.weight)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, NonLocalBlock):  # comes after its convolutions, whose weights it draws otherwise
+            module.reset_parameters()
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Of code outside itself, transformers passes over modules without tensors of their own: the blocks. It does so
+        # to protect loaded tensors, which the functions of transformers.initialization leave alone anyway.
+        super()._initialize_weights(module, is_custom_code=False)
 
     @classmethod
     def from_pretrained_backbone(

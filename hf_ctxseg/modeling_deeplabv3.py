@@ -1,58 +1,101 @@
 """DeepLabv3: atrous spatial pyramid pooling on a dilated backbone.
 
 Chen, Papandreou, Schroff, Adam: "Rethinking Atrous Convolution for Semantic Image Segmentation", arXiv 1706.05587,
-section 3.3. A 1×1 convolution, parallel 3×3 convolutions at several atrous rates and image-level pooling, each with
-batch normalisation, are concatenated and projected by a 1×1 convolution. The branches are joined in the order
-[1×1, rates …, pooling].
+section 3.3. The well-known code bases build heads that differ from the paper's; `variant` names them. A non-local
+block (arXiv 1711.07971) may follow the pyramid.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from transformers.utils import logging
 
-from .configuration_ctxseg import CtxSegConfig, check_number
+from .aspp import ASPP
+from .configuration_ctxseg import (
+    NONLOCAL_MODES,
+    CtxSegConfig,
+    check_choice,
+    check_flags,
+    check_number,
+    check_whole_numbers,
+)
 from .layers import ConvNormAct
 from .modeling_ctxseg import ContextHead, CtxSegForSemanticSegmentation, CtxSegModel
+from .nonlocal_block import NonLocal2d
 
-logger = logging.get_logger(__name__)
+BY_VARIANT: Any = None  # default of a field whose value follows from the variant; never None once a config is made
 
 
 class DeepLabV3Config(CtxSegConfig):
     """Configuration of DeepLabv3.
 
     Args:
+        variant: Structure of the head, and the defaults of `hidden_size`, `aspp_dropout`, `classifier_dropout` and
+            `align_corners`:
+            `"paper"`: 1×1 projection (256; dropout 0.1 before the classifier);
+            `"mmseg"`: 3×3 projection (512 wide; otherwise as the paper), as in mmsegmentation;
+            `"torchvision"`: a further 3×3 convolution (256; dropout 0.5 within the pyramid), as in torchvision and,
+            with `align_corners=True`, segmentation_models_pytorch;
+            `"plain"`: as the paper, every convolution with a bias before its normalisation (256; dropout 0.1;
+            `align_corners=True`).
         atrous_rates: Rates of the 3×3 branches, stated for output stride 16; may be empty.
         absolute_rates: Take the rates as they are, instead of scaling them with 16 / output_stride.
         use_image_pooling: Whether the image-level features are a branch (section 3.3).
+        pooling_window: Height and width, or side, in input pixels of the window over which image-level features are
+            averaged, usually the training crop: a larger picture then gets features of its surroundings instead of
+            one for all positions. None: the whole picture.
+        pool_norm: Normalisation of the image-level branch: `"batch"`; `"group"` or `"none"`, which do not depend on
+            the other pictures of a batch.
+        aspp_dropout: Probability of dropping a value after the projection.
+        nonlocal_mode: Pairwise function of a non-local block on the pyramid's output; None: no such block.
 
     The other fields are those of `CtxSegConfig`.
     """
 
     model_type = "ctxseg_deeplabv3"
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {"hidden_size": 256, "aspp_dropout": 0.0, "classifier_dropout": 0.1, "align_corners": False},
+        "mmseg": {"hidden_size": 512, "aspp_dropout": 0.0, "classifier_dropout": 0.1, "align_corners": False},
+        "torchvision": {"hidden_size": 256, "aspp_dropout": 0.5, "classifier_dropout": 0.0, "align_corners": False},
+        "plain": {"hidden_size": 256, "aspp_dropout": 0.0, "classifier_dropout": 0.1, "align_corners": True},
+    }
 
+    variant: str = "paper"
+    hidden_size: int = BY_VARIANT
+    aspp_dropout: float = BY_VARIANT
+    classifier_dropout: float = BY_VARIANT
+    align_corners: bool = BY_VARIANT
     atrous_rates: list[int] | tuple[int, ...] = (6, 12, 18)
     absolute_rates: bool = False
     use_image_pooling: bool = True
+    pooling_window: list[int] | tuple[int, ...] | int | None = None
+    pool_norm: str = "batch"
+    nonlocal_mode: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.atrous_rates, tuple):
-            self.atrous_rates = list(self.atrous_rates)
+        check_choice("variant", self.variant, list(self.variants))
+        for name, value in self.variants[self.variant].items():
+            if getattr(self, name) is BY_VARIANT:
+                setattr(self, name, value)
         super().__post_init__(**kwargs)
 
     def check_values(self) -> None:
         """Check the shared fields and those of the head; raises `ValueError`."""
         super().check_values()
-        if not isinstance(self.atrous_rates, (list, tuple)):
-            raise ValueError(f"atrous_rates is {self.atrous_rates!r}, but must be a list such as [6, 12, 18].")
-        for index, rate in enumerate(self.atrous_rates):
-            check_number(f"atrous_rates[{index}]", rate, 1, float("inf"), int)
-        for name in ("absolute_rates", "use_image_pooling"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be true or false.")
+        check_choice("variant", self.variant, list(self.variants))
+        check_whole_numbers("atrous_rates", self.atrous_rates, "[6, 12, 18]")
+        check_flags(self, "absolute_rates", "use_image_pooling")
+        check_number("aspp_dropout", self.aspp_dropout, 0, 1)
+        check_choice("pool_norm", self.pool_norm, ("batch", "group", "none"))
+        if self.nonlocal_mode is not None:
+            check_choice("nonlocal_mode", self.nonlocal_mode, NONLOCAL_MODES)
+        window = self.pooling_window
+        if isinstance(window, (list, tuple)):
+            check_whole_numbers("pooling_window", window, "[513, 513]")
+            if len(window) != 2:
+                raise ValueError(f"pooling_window is {window!r}, but must be [height, width], a side, or None.")
+        elif window is not None:
+            check_number("pooling_window", window, 1, float("inf"), int)
 
     @property
     def effective_rates(self) -> list[int]:
@@ -61,80 +104,74 @@ class DeepLabV3Config(CtxSegConfig):
             return list(self.atrous_rates)
         return [max(1, round(rate * 16 / self.output_stride)) for rate in self.atrous_rates]
 
+    @property
+    def window_cells(self) -> tuple[int, int] | None:
+        """The pooling window in cells of the deepest map, rounded up as the map is."""
+        if self.pooling_window is None:
+            return None
+        window = self.pooling_window
+        height, width = (window, window) if isinstance(window, int) else window
+        return -(-height // self.output_stride), -(-width // self.output_stride)
 
-class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling.
 
-    Args:
-        in_channels: Channels of the backbone's deepest map.
-        out_channels: Width of every branch and of the output.
-        atrous_rates: Rates of the 3×3 branches as applied to this map; may be empty.
-        image_pooling: Whether the globally pooled features are a branch.
-        norm_eps: Epsilon of the normalisations.
-        norm_momentum: Share of the new batch in the running statistics.
+def build_aspp(config: DeepLabV3Config, in_channels: int, separable: bool = False) -> ASPP:
+    """Give the pyramid of a configuration on a map of `in_channels`."""
+    return ASPP(
+        in_channels,
+        config.hidden_size,
+        config.effective_rates,
+        image_pooling=config.use_image_pooling,
+        separable=separable,
+        norm_between=config.variant != "smp",
+        projection_size=3 if config.variant == "mmseg" else 1,
+        dropout=config.aspp_dropout,
+        bias=config.variant == "plain",
+        pooling_window=config.window_cells,
+        pool_norm=config.pool_norm,
+        align_corners=config.align_corners,
+        norm_eps=config.norm_eps,
+        norm_momentum=config.norm_momentum,
+    )
 
-    Shape:
-        input (B, in_channels, h, w), output (B, out_channels, h, w)
-    """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int = 256,
-        atrous_rates: Sequence[int] = (6, 12, 18),
-        image_pooling: bool = True,
-        norm_eps: float = 1e-5,
-        norm_momentum: float = 0.1,
-    ) -> None:
-        super().__init__()
-        layer = partial(ConvNormAct, norm_eps=norm_eps, norm_momentum=norm_momentum)
-        self.atrous_rates = tuple(atrous_rates)
-        self.warned_about_rates = False
-        self.branches = nn.ModuleList([layer(in_channels, out_channels)])
-        self.branches.extend(layer(in_channels, out_channels, kernel_size=3, dilation=rate) for rate in atrous_rates)
-        self.image_pooling = layer(in_channels, out_channels) if image_pooling else None
-        width = out_channels * (len(self.branches) + int(image_pooling))
-        self.projection = layer(width, out_channels)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Give the context features of one map."""
-        if not torch.compiler.is_compiling():
-            self._warn_about_large_rates(*features.shape[-2:])
-        branches = [branch(features) for branch in self.branches]
-        if self.image_pooling is not None:
-            pooled = self.image_pooling(features.mean(dim=(2, 3), keepdim=True))  # (B, out_channels, 1, 1)
-            branches.append(pooled.expand(-1, -1, *features.shape[-2:]))
-        joined = torch.cat(branches, dim=1)  # (B, out_channels * branches, h, w)
-        return self.projection(joined)
-
-    def _warn_about_large_rates(self, height: int, width: int) -> None:
-        large = [rate for rate in self.atrous_rates if rate >= min(height, width)]
-        if large and not self.warned_about_rates:
-            self.warned_about_rates = True  # once for a model, not for every size of picture
-            logger.warning(
-                f"The atrous rates {large} reach over the whole feature map ({height}×{width}): these branches look "
-                "at little or nothing but their own position. Use larger pictures, a smaller output_stride, or "
-                "smaller atrous_rates."
-            )
+def build_nonlocal_block(config: DeepLabV3Config) -> NonLocal2d | None:
+    """Give the non-local block on the pyramid's output, or None where the configuration has none."""
+    if config.nonlocal_mode is None:
+        return None
+    return NonLocal2d(
+        config.hidden_size,
+        mode=config.nonlocal_mode,
+        norm="batch",
+        zeros_init=True,
+        norm_eps=config.norm_eps,
+        norm_momentum=config.norm_momentum,
+    )
 
 
 class DeepLabV3Head(ContextHead):
-    """ASPP on the deepest level of the backbone."""
+    """ASPP on the deepest level of the backbone, with what the variant and `nonlocal_mode` add."""
 
     def __init__(self, config: DeepLabV3Config, channels: Sequence[int], reductions: Sequence[int]) -> None:
         super().__init__(config, out_channels=config.hidden_size)
-        self.aspp = ASPP(
-            channels[-1],
-            config.hidden_size,
-            config.effective_rates,
-            image_pooling=config.use_image_pooling,
-            norm_eps=config.norm_eps,
-            norm_momentum=config.norm_momentum,
-        )
+        self.aspp = build_aspp(config, channels[-1])
+        self.nonlocal_block = build_nonlocal_block(config)
+        self.refinement: ConvNormAct | None = None
+        if config.variant == "torchvision":
+            self.refinement = ConvNormAct(
+                config.hidden_size,
+                config.hidden_size,
+                kernel_size=3,
+                norm_eps=config.norm_eps,
+                norm_momentum=config.norm_momentum,
+            )
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Give the context features (B, hidden_size, h, w) of the deepest level."""
-        return self.aspp(features[-1])
+        context = self.aspp(features[-1])
+        for layer in (self.nonlocal_block, self.refinement):
+            if layer is not None:
+                context = layer(context)
+        return context  # (B, hidden_size, h, w)
 
 
 class DeepLabV3Model(CtxSegModel):

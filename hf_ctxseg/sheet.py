@@ -56,6 +56,33 @@ def legend(entries: Sequence[tuple[str, Colour]], width: int, size: int) -> Imag
     return strip
 
 
+def colour_bar(colours: Sequence[Colour], ticks: Sequence[str], width: int, size: int) -> Image.Image:
+    """Draw a scale of colours with texts below it, the first at its left end, the last at its right end.
+
+    Args:
+        colours: Colours from left to right.
+        ticks: Two texts or more, at equal distances.
+        width: Wished width in pixels; the strip is wider where the texts need it.
+        size: Height of the letters in pixels.
+
+    Returns:
+        RGB strip on white.
+    """
+    font = _font(size)
+    gap = size // 2
+    width = max(width, math.ceil(sum(font.getlength(text) + 2 * gap for text in ticks)))
+    strip = Image.new("RGB", (width, gap * 3 + size * 2), "white")
+    scale = Image.new("RGB", (len(colours), 1))
+    scale.putdata(list(colours))
+    strip.paste(scale.resize((width - 2 * gap, size)), (gap, gap))
+    draw = ImageDraw.Draw(strip)
+    for place, text in enumerate(ticks):
+        share = place / (len(ticks) - 1)
+        anchor = {0.0: "lm", 1.0: "rm"}.get(share, "mm")
+        draw.text((gap + share * (width - 2 * gap), size * 2 + gap), text, fill="black", font=font, anchor=anchor)
+    return strip
+
+
 def text_line(text: str, width: int, size: int) -> Image.Image:
     """Draw one line of text, its middle cut out where it is wider than `width` pixels."""
     font = _font(size)

@@ -46,7 +46,8 @@ def live():
         if isinstance(model, CtxSegForSemanticSegmentation):  # no class wins everywhere
             blobs = F.interpolate(torch.randn(8, 3, 5, 6, generator=generator), (48, 64), mode="bilinear")
             with torch.no_grad():
-                model.classifier.bias -= model(blobs).logits.mean(dim=(0, 2, 3))
+                bias = next(layer.bias for layer in model.classifier.modules() if isinstance(layer, nn.Conv2d))
+                bias -= model(blobs).logits.mean(dim=(0, 2, 3))
         return model
 
     return enliven

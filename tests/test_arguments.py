@@ -131,6 +131,15 @@ def test_wrong_flags_are_refused_in_one_sentence(flags, message, capsys):
         ({"output_dir": "o"}, "data is missing"),
         ({"data": "d", "output_dir": "o", "bakbone": "x"}, "There is no argument 'bakbone': did you mean 'backbone'"),
         ({"data": "d", "output_dir": "o", "freeze_batch_norm": "head"}, "freeze_batch_norm is 'head', but must be"),
+        (
+            {"data": "d", "output_dir": "o", "preset": "deeplabv3-aspp", "head": "deeplabv3"},
+            "head is given beside preset, which brings its own: leave one of the two out",
+        ),
+        ({"data": "d", "output_dir": "o", "preset": "deeplabv3-aspp", "backbone": "resnet18"}, "backbone is given"),
+        (
+            {"data": "d", "output_dir": "o", "preset": "deeplabv3-aspp", "model_name_or_path": "m"},
+            "preset is given beside model_name_or_path, whose checkpoint brings its own",
+        ),
     ],
 )
 def test_wrong_keywords_are_refused(keywords, message):

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 from training_helpers import NAMES, flags, make_data, random_run
+from transformers import AutoConfig
 
-from hf_ctxseg import training
+from hf_ctxseg import preset, training
 from hf_ctxseg.cli import VERBS, main
 
 
@@ -37,6 +40,11 @@ def _code(*argv):
         return main(list(map(str, argv)))
     except SystemExit as error:  # argparse
         return error.code
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def _refused(capsys, out, *argv):
@@ -184,11 +192,7 @@ def test_finished_run_is_refused_before_the_labels_are_read(clean, run, capsys):
 
 
 def test_scan_shows_its_progress_on_a_terminal(clean, tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    shown = Terminal()
+    shown = _Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
     assert main(["train", *flags(data=clean, output_dir=tmp_path / "run", dry_run=True)]) == 0
     assert "checking train" in shown.getvalue() and "/8 " in shown.getvalue()
@@ -314,3 +318,96 @@ def test_predict_without_picture_or_model_is_refused(clean, run, tmp_path, capsy
     assert _code("predict", tmp_path, clean / "val" / "images", "--out", tmp_path / "out") == 2
     assert "holds no finished model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# models
+
+
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+
+
+def test_heads_and_presets_are_listed(capsys):
+    found = {}
+    for report in ("table", "csv", "json"):
+        assert _code("models", "--report", report) == 0
+        found[report] = capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads(found["json"])}
+    assert {"deeplabv2", "deeplabv3", "deeplabv3plus", "nonlocal"} <= set(rows)
+    assert rows["deeplabv3plus-xception65"] == {
+        "name": "deeplabv3plus-xception65",
+        "head": "deeplabv3plus",
+        "backbone": "xception65",
+        "output_stride": 16,
+        "reported": "arXiv 1802.02611, section 4.3, VOC 2012",
+    }
+    assert [row["name"] for row in csv.DictReader(found["csv"].splitlines())] == list(rows)
+    lines = found["table"].splitlines()
+    assert [line.split()[0] for line in lines[1 : len(rows) + 1]] == list(rows)
+    assert any("ctxseg train --preset NAME" in line for line in lines)
+
+
+def test_a_preset_is_shown_as_a_config(capsys):
+    assert _code("models", "deeplabv3-mobilenetv2") == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("deeplabv3-mobilenetv2: DeepLabV3ForSemanticSegmentation, 2.1 M parameters with 2 ")
+    assert "arXiv 1801.04381" in printed.err
+    config = AutoConfig.for_model(**json.loads(printed.out))
+    assert config.to_dict() == preset("deeplabv3-mobilenetv2").to_dict()
+    assert _code("models", "deeplabv3-mobilenet") == 2
+    assert "did you mean deeplabv3-mobilenetv2" in capsys.readouterr().err
+
+
+def test_backbones_are_listed_with_what_they_reach(no_cache, capsys):
+    assert _code("models", "--backbones", "vgg1[13]", "--report", "csv") == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [(row["name"], row["strides"], row["channels"], row["low_level"]) for row in rows] == [
+        ("vgg11", "32", "512", "True"),
+        ("vgg13", "32", "512", "True"),
+    ]
+    assert int(rows[0]["parameters"]) == 9220480  # the convolutions of VGG-11
+    assert _code("models", "--backbones", "test_[rv]*t", "--output_stride", "8") == 0
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["name", "test_resnet"]
+    assert printed.out.splitlines()[1].split() == ["test_resnet", "8", "16", "32", "96", "0.4", "yes"]
+    assert printed.err.splitlines() == ["1 of 2 networks do not reach output stride 8."]
+
+
+def test_backbones_of_no_use_are_counted_or_listed_with_the_reason(no_cache, capsys):
+    assert _code("models", "--backbones", "levit_128*") == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1
+    assert printed.err == "2 of 2 networks give no maps for pictures of any size: --all lists them with the reason.\n"
+    assert _code("models", "--backbones", "levit_128*", "--all") == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 2 and all(len(line.partition(" none: ")[2]) > 10 for line in lines)
+    assert _code("models", "--backbones", "levit_128*", "--all", "--report", "json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["strides"] for row in rows] == [[], []] and all(row["reason"] for row in rows)
+
+
+def test_wrong_questions_about_models_are_refused(no_cache, capsys):
+    for arguments, message in [
+        (["--backbones", "resnet51"], "timm 1.* has no backbone 'resnet51': did you mean resnet"),
+        (["--backbones", "resnet18", "--output_stride", "0"], "output_stride is 0, but must be a whole number"),
+        (["--output_stride", "8"], "--output_stride and --all choose among --backbones"),
+        (["deeplabv3", "--backbones"], "the configuration of deeplabv3 is printed alone"),
+    ]:
+        assert _code("models", *arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and re.search(message, printed.err)
+
+
+def test_how_far_the_list_is_shows_on_a_terminal(no_cache, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", _Terminal())
+    assert _code("models", "--backbones", "vgg1[13]") == 0
+    assert sys.stderr.getvalue() == "\r\033[K1 of 2 checked\r\033[K"
+
+
+def test_a_preset_can_be_trained(clean, tmp_path, capsys):
+    arguments = flags(data=clean, output_dir=tmp_path / "run", backbone=None, preset="deeplabv3-mobilenetv2")
+    assert _code("train", *arguments, "--dry_run") == 0
+    capsys.readouterr()
+    refused = _refused(capsys, tmp_path / "run", *arguments, "--head", "deeplabv3")
+    assert "head is given beside preset" in refused

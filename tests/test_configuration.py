@@ -7,15 +7,16 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hf_ctxseg import CtxSegConfig, DeepLabV3Config
 
-NUMBERS = ("num_channels", "output_stride", "hidden_size", "auxiliary_hidden_size")
+NUMBERS = ("num_channels", "output_stride", "auxiliary_hidden_size")
 BAD = {
     **{name: (0, -1, 1.5, "8", None, True, [8]) for name in NUMBERS},
+    "hidden_size": (0, -1, 1.5, "8", True, [8]),
     "backbone": ("", None, 50),
     "backbone_kwargs": ([], "x", {"output_stride": 8}, {"pretrained": True}, {"in_chans": 1}),
     "norm_eps": (0, -1e-5, 2, "1e-5", math.nan, None),
     "norm_momentum": (0, -0.1, 1.1, None, math.nan),
-    "classifier_dropout": (-0.1, 1.1, "0.1", None, math.nan, True),
-    "align_corners": (0, 1, "true", None),
+    "classifier_dropout": (-0.1, 1.1, "0.1", math.nan, True),
+    "align_corners": (0, 1, "true"),
     "use_auxiliary_head": (0, 1, "false", None),
     "auxiliary_loss_weight": (-1, math.inf, math.nan, None, "0.4"),
     "semantic_loss_ignore_index": (0, 1, 2.0, None, "255", True),
@@ -23,6 +24,15 @@ BAD = {
     "atrous_rates": (6, None, "6", [0], [6, -1], [1.5], [True], ["6"]),
     "absolute_rates": (0, None, "no"),
     "use_image_pooling": (1, None, "yes"),
+    "variant": ("smp", "papers", "", None, 1, ["paper"]),
+    "pooling_window": (0, -1, 1.5, True, "513", [], [513], [513, 0], [513, 513.0], [1, 2, 3], [True, 1], {}),
+    "pool_norm": ("layer", "", None, True, 1),
+    "aspp_dropout": (-0.1, 1.1, "0.5", math.nan, True),
+    "nonlocal_mode": ("gauss", "", True, 1, ["gaussian"]),
+    "multi_grid": (4, "1", [0], [1, 2.0], [True], {}),
+    "dilate_first_block": (0, 1, "true", None),
+    "backbone_nonlocal_stages": (8, "8", [0], [8.0], [True]),
+    "backbone_nonlocal_mode": ("gauss", "", None, 1),
 }
 
 
@@ -54,6 +64,9 @@ def test_bad_value_is_refused_by_name(name, value):
         ("palette", [[0, 0, 0], [255, 255, 255]]),
         ("num_channels", 1),
         ("backbone_kwargs", {"drop_path_rate": 0.1}),
+        ("aspp_dropout", 1),
+        ("pooling_window", 1),
+        ("pooling_window", [1, 2]),
     ],
 )
 def test_edge_of_the_range_is_allowed(name, value):
@@ -143,6 +156,12 @@ def test_json_round_trip(tmp_path):
         atrous_rates=(3, 6),
         absolute_rates=True,
         use_image_pooling=False,
+        variant="mmseg",
+        pooling_window=(513, 257),
+        pool_norm="group",
+        aspp_dropout=0.3,
+        nonlocal_mode="gaussian",
+        multi_grid=(1, 2),
         align_corners=True,
         use_auxiliary_head=True,
         semantic_loss_ignore_index=254,

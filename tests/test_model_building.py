@@ -2,11 +2,14 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from training_helpers import NAMES, flags, make_data, random_run, trained, weights
 from transformers import AutoModelForSemanticSegmentation
 
+from hf_ctxseg import CtxSegImageProcessor, DeepLabV2Config, DeepLabV2ForSemanticSegmentation
 from hf_ctxseg.arguments import DataArguments, ModelArguments
 from hf_ctxseg.cli import main
 from hf_ctxseg.model_building import build_model
@@ -52,6 +55,16 @@ def test_other_classes_get_new_classifiers_and_nothing_else(line, names):
     assert model.config.palette == [list(colour) for colour in default_palette(len(names))]
     for head in (model.classifier, model.auxiliary_head.classifier):
         assert head.weight.std().item() == pytest.approx(0.01, rel=0.5) and not head.bias.any()
+
+
+def test_every_branch_of_summed_classifiers_is_new(tiny, live, tmp_path):
+    live(DeepLabV2ForSemanticSegmentation(tiny(DeepLabV2Config))).save_pretrained(tmp_path)
+    CtxSegImageProcessor().save_pretrained(tmp_path)
+    model, _, told = _from(tmp_path, ("a", "b", "c"))
+    branches = {f"classifier.branches.{index}.{kind}" for index in range(4) for kind in ("weight", "bias")}
+    assert _changed(tmp_path, model) == branches
+    assert len(told) == 1 and all(key in told[0] for key in branches)
+    assert all(branch.weight.std().item() == pytest.approx(0.01, rel=0.5) for branch in model.classifier.branches)
 
 
 def test_same_classes_continue_from_all_weights(line):
@@ -122,9 +135,6 @@ def test_damaged_checkpoint_is_refused(tmp_path):
 
 
 def test_backbone_weights_from_a_file_are_named_and_used(tmp_path):
-    import timm
-    from safetensors.torch import save_file
-
     torch.manual_seed(3)
     source = timm.create_model("test_resnet")
     save_file(source.state_dict(), tmp_path / "mine.safetensors")
@@ -136,3 +146,24 @@ def test_backbone_weights_from_a_file_are_named_and_used(tmp_path):
     )
     assert torch.equal(stem, source.conv1[0].weight)
     assert list(processor.image_mean) == list(timm.get_pretrained_cfg("test_resnet").mean)
+
+
+def test_a_preset_gives_head_and_backbone_and_the_other_arguments_come_on_top():
+    arguments = ModelArguments(
+        preset="deeplabv3-mobilenetv2",
+        backbone_weights="none",
+        output_stride=8,
+        config_overrides=["hidden_size=8", "atrous_rates=[3]"],
+    )
+    model, processor, origin = build_model(arguments, DataArguments(data="d"), _classes(NAMES))
+    config = model.config
+    assert type(model).__name__ == "DeepLabV3ForSemanticSegmentation" and origin == "none"
+    assert (config.backbone, config.output_stride, config.hidden_size) == ("mobilenetv2_100", 8, 8)
+    assert config.atrous_rates == [3] and not config.use_auxiliary_head
+    assert list(config.id2label.values()) == list(NAMES) and len(config.palette) == len(NAMES)
+    assert list(processor.image_mean) == list(timm.get_pretrained_cfg("mobilenetv2_100").mean)
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="no preset 'deeplabv3-resnet18': did you mean deeplabv3-resnet1?0"):
+        build_model(ModelArguments(preset="deeplabv3-resnet18"), DataArguments(data="d"), _classes(NAMES))

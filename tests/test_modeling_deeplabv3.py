@@ -1,6 +1,8 @@
+import json
 import logging
 import math
 
+import aspp_formulas
 import pytest
 import timm
 import torch
@@ -8,7 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.segmentation import deeplabv3 as torchvision_deeplabv3
 
-from hf_ctxseg import ASPP, DeepLabV3Config, DeepLabV3ForSemanticSegmentation, DeepLabV3Model
+from hf_ctxseg import (
+    ASPP,
+    DeepLabV3Config,
+    DeepLabV3ForSemanticSegmentation,
+    DeepLabV3Model,
+)
+from hf_ctxseg.aspp import ImagePooling
+from hf_ctxseg.modeling_deeplabv3 import DeepLabV3Head
+
+VARIANTS = ("paper", "mmseg", "torchvision", "plain")
 
 
 def model_of(config, seed=0):
@@ -50,26 +61,6 @@ def test_aspp_trains_as_torchvisions(live):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in states)
 
 
-def written_out(weights, x, prefix, dilation=1, eps=1e-5):
-    """Convolution without bias, batch normalisation with stored statistics, ReLU: by their formulas."""
-    kernel = weights[f"{prefix}.conv.weight"]
-    y = F.conv2d(x, kernel, padding=dilation * (kernel.shape[-1] // 2), dilation=dilation)
-    mean, variance, scale, shift = (
-        weights[f"{prefix}.norm.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias")
-    )
-    return ((y - mean) / torch.sqrt(variance + eps) * scale + shift).clamp(min=0)
-
-
-def aspp_written_out(weights, x, rates, pooling, prefix="", eps=1e-5):
-    branches = [written_out(weights, x, f"{prefix}branches.0", eps=eps)]
-    for index, rate in enumerate(rates, start=1):
-        branches.append(written_out(weights, x, f"{prefix}branches.{index}", rate, eps))
-    if pooling:
-        pooled = x.sum(dim=(2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
-        branches.append(written_out(weights, pooled, f"{prefix}image_pooling", eps=eps) * torch.ones_like(branches[0]))
-    return written_out(weights, torch.cat(branches, dim=1), f"{prefix}projection", eps=eps)
-
-
 @pytest.mark.parametrize("pooling", [True, False])
 @pytest.mark.parametrize("rates", [(2, 3), (1,), ()])
 def test_branches_can_be_left_out(live, rates, pooling):
@@ -78,7 +69,7 @@ def test_branches_can_be_left_out(live, rates, pooling):
     assert (aspp.image_pooling is None) is not pooling
     x = torch.randn(2, 12, 7, 9)
     with torch.inference_mode():
-        expected = aspp_written_out(aspp.state_dict(), x, rates, pooling, eps=1e-2)
+        expected = aspp_formulas.aspp(aspp.state_dict(), x, rates, pooling, eps=1e-2)
         torch.testing.assert_close(aspp(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -93,7 +84,7 @@ def test_the_whole_forward_is_the_composition_of_the_paper(live, tiny, stride, r
     x = torch.randn(2, 3, 45, 61)
     with torch.inference_mode():
         deepest = network(x)[-1]
-        context = aspp_written_out(weights, deepest, rates, True, "model.decode_head.aspp.", eps=1e-3)
+        context = aspp_formulas.aspp(weights, deepest, rates, prefix="model.decode_head.aspp.", eps=1e-3)
         logits = F.conv2d(context, weights["classifier.weight"], weights["classifier.bias"])
         torch.testing.assert_close(model(x).logits, logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model.model(x).last_hidden_state, context, rtol=1e-4, atol=1e-4)
@@ -255,10 +246,285 @@ def test_other_pixel_values_are_refused(tiny, pixels):
         model(pixels)
 
 
-def test_parameters_of_the_published_size():
-    # torchvision's and smp's DeepLabV3 on ResNet-50 have 39.6 M parameters; torchvision adds a 3×3 convolution.
+@pytest.mark.parametrize(("variant", "extra"), [("torchvision", 0), ("paper", -256 * 256 * 9 - 2 * 256)])
+def test_parameters_of_the_published_size(variant, extra):
     with torch.device("meta"):
-        ours = DeepLabV3ForSemanticSegmentation(DeepLabV3Config(num_labels=21))
+        ours = DeepLabV3ForSemanticSegmentation(DeepLabV3Config(variant=variant, num_labels=21))
         theirs = torchvision_deeplabv3.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=21)
-    extra = 256 * 256 * 9 + 2 * 256
-    assert sum(map(torch.numel, ours.parameters())) == sum(map(torch.numel, theirs.parameters())) - extra
+    published = sum(map(torch.numel, theirs.parameters()))
+    assert round(published / 1e6, 3) == 39.639  # segmentation_models_pytorch's DeepLabV3 has as many
+    assert sum(map(torch.numel, ours.parameters())) == published + extra
+
+
+def head_of(live, config, channels=12):
+    torch.manual_seed(0)
+    return live(DeepLabV3Head(config, [channels], [config.output_stride]))
+
+
+@pytest.mark.parametrize("size", [(7, 9), (4, 4), (1, 5)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_head_of_a_variant_is_its_formula(live, tiny, variant, size):
+    head = head_of(live, tiny(variant=variant, atrous_rates=[1, 3], norm_eps=1e-3))
+    weights = head.state_dict()
+    x = torch.randn(2, 12, *size)
+    context = aspp_formulas.aspp(weights, x, [1, 3], prefix="aspp.", eps=1e-3)
+    if variant == "torchvision":
+        context = aspp_formulas.conv_norm_relu(weights, context, "refinement", eps=1e-3)
+    with torch.inference_mode():
+        torch.testing.assert_close(head([None, x]), context, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_of_a_variant(tiny, variant):
+    head = DeepLabV3Head(tiny(variant=variant), [12], [16])
+    layers = ["aspp.branches.0", "aspp.branches.1", "aspp.branches.2", "aspp.branches.3"]
+    layers += ["aspp.image_pooling", "aspp.projection"]
+    layers += ["refinement"] if variant == "torchvision" else []
+    names = ["conv.weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"]
+    names += ["norm.num_batches_tracked"] + (["conv.bias"] if variant == "plain" else [])
+    assert set(head.state_dict()) == {f"{layer}.{name}" for layer in layers for name in names}
+    sizes = {layer: head.get_submodule(layer).conv.kernel_size[0] for layer in layers}
+    dense = {"aspp.branches.1", "aspp.branches.2", "aspp.branches.3", "refinement"}
+    dense |= {"aspp.projection"} if variant == "mmseg" else set()
+    assert sizes == {layer: 3 if layer in dense else 1 for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("variant", "values"),
+    [
+        ("paper", (256, 0.0, 0.1, False)),
+        ("mmseg", (512, 0.0, 0.1, False)),
+        ("torchvision", (256, 0.5, 0.0, False)),
+        ("plain", (256, 0.0, 0.1, True)),
+    ],
+)
+def test_a_variant_sets_what_the_user_does_not(tmp_path, variant, values):
+    names = ("hidden_size", "aspp_dropout", "classifier_dropout", "align_corners")
+    config = DeepLabV3Config(variant=variant)
+    assert tuple(getattr(config, name) for name in names) == values
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert tuple(saved[name] for name in names) == values
+    for given in ((256, 0.0, 0.1, False), (512, 0.5, 0.0, True)):  # also where it is another variant's default
+        chosen = DeepLabV3Config(variant=variant, **dict(zip(names, given, strict=True)))
+        chosen.save_pretrained(tmp_path)
+        assert tuple(getattr(DeepLabV3Config.from_pretrained(tmp_path), name) for name in names) == given
+
+
+def test_plain_scales_all_rates_by_one_factor(tiny):
+    config = tiny(variant="plain", output_stride=8, atrous_rates=[6, 12, 18])
+    assert config.effective_rates == [12, 24, 36]
+    model = model_of(config)
+    assert [branch.conv.dilation[0] for branch in model.model.decode_head.aspp.branches] == [1, 12, 24, 36]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_variant_gives_the_same_bits(tiny, live, tmp_path, variant):
+    fields = {"nonlocal_mode": "dot_product", "pooling_window": [45, 30], "pool_norm": "group"}
+    model = live(model_of(tiny(variant=variant, **fields)))
+    model.save_pretrained(tmp_path)
+    loaded = DeepLabV3ForSemanticSegmentation.from_pretrained(tmp_path)
+    x = torch.randn(2, 3, 61, 85)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x).logits, model(x).logits)
+
+
+def test_dropout_within_the_pyramid_drops_single_values(live):
+    layer = live(ASPP(12, 16, (1, 2), dropout=0.5))
+    x = torch.randn(2, 12, 9, 11)
+    with torch.no_grad():
+        kept = layer(x)
+        layer.dropout.train()
+        dropped = layer(x)
+    assert ((dropped == 0) | torch.isclose(dropped, 2 * kept)).all()
+    lost = (dropped == 0) & (kept > 0)
+    assert lost.sum() / (kept > 0).sum() == pytest.approx(0.5, abs=0.05)
+    whole_channels = lost.flatten(2).any(2) & ~((dropped > 0).flatten(2).any(2))
+    assert whole_channels.sum() < kept.flatten(2).any(2).sum() / 4
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "cells"),
+    [(None, 16, None), (513, 16, (33, 33)), ([513, 512], 16, (33, 32)), ((513, 1), 8, (65, 1)), (16, 32, (1, 1))],
+)
+def test_pooling_window_in_cells(tiny, window, stride, cells):
+    config = tiny(pooling_window=window, output_stride=stride)
+    assert config.window_cells == cells
+    model = DeepLabV3Model(config)
+    assert model.decode_head.aspp.image_pooling.window == cells
+
+
+def sliding_mean(x, window):
+    rows, columns = x.shape[2] - window[0] + 1, x.shape[3] - window[1] + 1
+    means = [
+        x[:, :, row : row + window[0], column : column + window[1]].mean(dim=(2, 3))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return torch.stack(means, dim=2).unflatten(2, (rows, columns))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("window", [(3, 2), (1, 1), (7, 4), (2, 9)])
+def test_window_pooling_is_the_resized_sliding_mean(live, window, align_corners):
+    torch.manual_seed(0)
+    aspp = ASPP(12, 16, (1, 2), pooling_window=window, align_corners=align_corners)
+    layer = live(aspp).image_pooling
+    x = torch.randn(2, 12, 7, 9)
+    pooled = aspp_formulas.conv_norm_relu(aspp.state_dict(), sliding_mean(x, window), "image_pooling")
+    expected = F.interpolate(pooled, (7, 9), mode="bilinear", align_corners=align_corners)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert expected.flatten(2).std(dim=2).max() > 0.01
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_a_window_over_the_whole_map_is_global_pooling(live, norm):
+    torch.manual_seed(0)
+    windowed = live(ImagePooling(12, 16, (8, 20), norm))
+    whole = ImagePooling(12, 16, None, norm).eval()
+    whole.load_state_dict(windowed.state_dict())
+    x = torch.randn(2, 12, 7, 9)
+    with torch.inference_mode():
+        torch.testing.assert_close(windowed(x), whole(x), rtol=1e-4, atol=1e-5)
+
+
+def test_head_pools_over_the_window_of_its_config(live, tiny):
+    config = tiny(pooling_window=[40, 17], variant="plain")
+    head = head_of(live, config)
+    layer = head.aspp.image_pooling
+    assert (layer.window, layer.align_corners) == ((3, 2), True)
+    x = torch.randn(1, 12, 7, 9)
+    with torch.inference_mode():
+        assert layer(x).flatten(2).std(dim=2).max() > 0.01  # not one feature for all positions
+
+
+def test_a_window_exports_for_pictures_larger_than_it(tiny, live):
+    model = live(model_of(tiny(pooling_window=[40, 17], atrous_rates=[1], nonlocal_mode="embedded_gaussian")))
+    sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.randn(2, 3, 65, 97),), dynamic_shapes={"pixel_values": sizes})
+        x = torch.randn(3, 3, 97, 49)
+        torch.testing.assert_close(exported.module()(x)["logits"], model(x).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(256, 32), (512, 32), (48, 2), (16, 2), (7, 1)])
+def test_group_norm_of_the_pooled_branch_is_its_formula(width, groups):
+    torch.manual_seed(0)
+    layer = ImagePooling(12, width, norm="group", norm_eps=1e-3)
+    nn.init.normal_(layer.norm.weight)
+    nn.init.normal_(layer.norm.bias)
+    x = torch.randn(2, 12, 7, 9)
+    y = F.conv2d(x.mean(dim=(2, 3), keepdim=True), layer.conv.weight).view(2, groups, -1)
+    mean, variance = y.mean(dim=2, keepdim=True), y.var(dim=2, keepdim=True, unbiased=False)
+    y = ((y - mean) / torch.sqrt(variance + 1e-3)).view(2, width, 1, 1)
+    expected = (y * layer.norm.weight[:, None, None] + layer.norm.bias[:, None, None]).clamp(min=0)
+    torch.testing.assert_close(layer(x), expected.expand(-1, -1, 7, 9), rtol=1e-4, atol=1e-5)
+    assert set(layer.state_dict()) == {"conv.weight", "norm.weight", "norm.bias"}
+
+
+def test_without_a_norm_the_pooled_branch_has_a_bias():
+    torch.manual_seed(0)
+    layer = ImagePooling(12, 16, norm="none")
+    x = torch.randn(2, 12, 7, 9)
+    expected = F.conv2d(x.mean(dim=(2, 3), keepdim=True), layer.conv.weight, layer.conv.bias).clamp(min=0)
+    torch.testing.assert_close(layer(x), expected.expand(-1, -1, 7, 9))
+    assert set(layer.state_dict()) == {"conv.weight", "conv.bias"}
+
+
+@pytest.mark.parametrize(("norm", "independent"), [("batch", False), ("group", True), ("none", True)])
+def test_pool_norm_and_the_other_pictures_of_a_batch(norm, independent):
+    torch.manual_seed(0)
+    layer = ImagePooling(12, 16, norm=norm).train()
+    x = torch.randn(3, 12, 7, 9)
+    assert torch.allclose(layer(x)[:1], layer(torch.cat([x[:1], 5 * x[1:]]))[:1], atol=1e-6) is independent
+
+
+@pytest.mark.parametrize("pool_norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_n1_one_picture_trains_every_variant(tiny, variant, pool_norm):
+    model = model_of(tiny(variant=variant, pool_norm=pool_norm, nonlocal_mode="gaussian", atrous_rates=[1])).train()
+    loss = model(torch.rand(1, 3, 47, 61), torch.randint(0, 3, (1, 47, 61))).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(value.grad).all() for value in model.parameters())
+
+
+def test_running_statistics_move_by_the_stated_share():
+    # The share is torch's: TensorFlow's decay 0.9997 is 3e-4.
+    torch.manual_seed(0)
+    layer = ASPP(12, 16, (1, 2), norm_momentum=3e-2).train()
+    before = {key: value.normal_().abs_().clone() for key, value in layer.state_dict().items() if "running" in key}
+    x = torch.randn(4, 12, 7, 9)
+    layer(x)
+    inputs = {
+        "branches.0": F.conv2d(x, layer.branches[0].conv.weight),
+        "branches.2": F.conv2d(x, layer.branches[2].conv.weight, padding=2, dilation=2),
+        "image_pooling": F.conv2d(x.mean(dim=(2, 3), keepdim=True), layer.image_pooling.conv.weight),
+    }
+    for name, y in inputs.items():
+        for statistic, batch in (("mean", y.mean(dim=(0, 2, 3))), ("var", y.var(dim=(0, 2, 3)))):
+            key = f"{name}.norm.running_{statistic}"
+            expected = 0.97 * before[key] + 0.03 * batch
+            torch.testing.assert_close(layer.state_dict()[key], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_of_a_variant_gets_a_gradient(tiny, variant):
+    fields = {"classifier_dropout": 0.0, "aspp_dropout": 0.0, "nonlocal_mode": "embedded_gaussian"}
+    model = model_of(tiny(variant=variant, atrous_rates=[1, 2], **fields)).train()
+    nn.init.ones_(model.model.decode_head.nonlocal_block.norm.weight)
+    model(torch.rand(3, 3, 64, 64), torch.randint(0, 3, (3, 64, 64))).loss.backward()
+    assert all(torch.isfinite(value.grad).all() for value in model.parameters())
+    without = {name for name, value in model.named_parameters() if not value.grad.any()}
+    # A constant added before batch normalisation changes nothing; its gradient is rounding at most.
+    assert not {name for name in without if not (variant == "plain" and name.endswith(".conv.bias"))}
+
+
+@pytest.mark.parametrize("variant", ["paper", "torchvision"])
+@pytest.mark.parametrize("mode", ["gaussian", "embedded_gaussian", "dot_product", "concatenation"])
+def test_nonlocal_block_follows_the_pyramid_and_starts_as_the_identity(live, tiny, mode, variant):
+    plain = head_of(live, tiny(variant=variant, atrous_rates=[1, 2]))
+    config = tiny(variant=variant, atrous_rates=[1, 2], nonlocal_mode=mode, norm_eps=1e-3, norm_momentum=0.3)
+    head = DeepLabV3Head(config, [12], [16]).eval()
+    missing, unexpected = head.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == []
+    assert {key.split(".")[0] for key in missing} == {"nonlocal_block"}
+    block = head.nonlocal_block
+    assert (block.mode, block.norm.eps, block.norm.momentum) == (mode, 1e-3, 0.3)
+    for module in plain.modules():  # the config's own epsilon for the comparison
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    x = torch.randn(2, 12, 7, 9)
+    with torch.inference_mode():
+        assert torch.equal(head([x]), plain([x]))
+        nn.init.normal_(block.norm.weight, std=3.0)
+        nn.init.normal_(block.norm.bias)
+        nn.init.normal_(block.conv_out.weight)
+        context = block(plain.aspp(x))
+        expected = context if plain.refinement is None else plain.refinement(context)
+        torch.testing.assert_close(head([x]), expected)
+        assert not torch.allclose(expected, plain([x]), atol=0.1)
+
+
+def test_a_model_without_the_block_is_opened_with_one(tiny, live, tmp_path):
+    model = live(model_of(tiny(atrous_rates=[1, 2])))
+    model.save_pretrained(tmp_path)
+    loaded, info = DeepLabV3ForSemanticSegmentation.from_pretrained(
+        tmp_path, nonlocal_mode="embedded_gaussian", output_loading_info=True
+    )
+    assert info["missing_keys"]
+    assert all(key.startswith("model.decode_head.nonlocal_block.") for key in info["missing_keys"])
+    x = torch.randn(2, 3, 45, 61)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_have_the_output_stride(tiny, variant, stride):
+    model = model_of(tiny(variant=variant, output_stride=stride, pooling_window=33)).eval()
+    with torch.inference_mode():
+        logits = model(torch.rand(1, 3, 97, 61)).logits
+    assert logits.shape == (1, 3, -(-97 // stride), -(-61 // stride))
+    assert torch.isfinite(logits).all()

@@ -77,7 +77,7 @@ def test_saved_model_gives_the_same_bits(model, folder, size):
         logits = model(x).logits
         assert torch.equal(loaded(x).logits, logits)
     assert torch.isfinite(logits).all()
-    stride = model.config.output_stride
+    stride = model.config.low_level_reduction or model.config.output_stride
     assert logits.shape == (2, 3, -(-size[0] // stride), -(-size[1] // stride))
 
 
@@ -140,7 +140,7 @@ def test_pipeline_gives_the_masks_of_the_image_processor(classes, folder):
         (mask,) = processor.post_process_semantic_segmentation(outputs, [size])
         found = segmenter(image)
         assert [item["label"] for item in found] == [model.config.id2label[index] for index in mask.unique().tolist()]
-        assert len(found) > 1 or size == (1, 1)
+        assert len(found) > 1 or min(size) < 33
         joined = np.full(size, 255)
         for item in found:
             assert item["mask"].size == image.size
@@ -154,7 +154,8 @@ def test_stride_given_to_from_pretrained_is_the_real_one(model, folder):
     assert equal_weights(loaded, model)
     assert loaded.config.output_stride == loaded.backbone.reductions[-1] == 8
     with torch.inference_mode():
-        assert loaded(torch.rand(1, 3, 64, 48)).logits.shape == (1, 3, 8, 6)
+        features = loaded(torch.rand(1, 3, 64, 48), output_hidden_states=True).hidden_states
+    assert features[-1].shape[-2:] == (8, 6)
     assert AutoModel.from_pretrained(folder, output_stride=32).backbone.reductions[-1] == 32
 
 
@@ -226,7 +227,8 @@ def test_evaluation_is_deterministic_and_leaves_the_model(model):
 
 def test_dropout_acts_in_training_only(classes, tiny):
     model = classes[2](tiny(classes[0], classifier_dropout=0.5)).train()
-    model.classifier.weight.data.fill_(1.0)
+    for parameter in model.classifier.parameters():
+        parameter.data.fill_(1.0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

@@ -80,9 +80,11 @@ def test_registered_models_belong_together():
 
 
 def test_unknown_head_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no head 'deeplab3': did you mean 'deeplabv3'\? Registered are deeplabv3"):
+    with pytest.raises(
+        ValueError, match=r"no head 'deeplab3': did you mean 'deeplabv3'\? Registered are deeplabv2, deeplabv3"
+    ):
         find_head("deeplab3")
-    with pytest.raises(ValueError, match="no head 'unet': Registered are deeplabv3"):
+    with pytest.raises(ValueError, match="no head 'unet': Registered are deeplabv2, deeplabv3"):
         find_head("unet")
 
 

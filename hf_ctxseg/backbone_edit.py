@@ -1,0 +1,108 @@
+"""Changes to a timm network that its own arguments cannot express: atrous rates of single blocks, non-local blocks.
+
+They are made after construction, on every path that builds a model, and none renames a tensor of timm's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from .backbone_probe import build_without_memory
+
+NONLOCAL_NAME = "nonlocal_block"
+
+
+def dilate_first_blocks(net: nn.Module, name: str, **arguments: Any) -> None:
+    """Give the first block of every dilated stage the rate of the stage; timm gives it that of the stage before.
+
+    Args:
+        net: The dilated network.
+        name: timm's name for it.
+        arguments: What it was built with, but for the output stride.
+    """
+    strides = {
+        key: module.stride[0]
+        for key, module in build_without_memory(name, **arguments).named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+    for key, module in net.named_modules():
+        if _is_spatial(module) and module.stride[0] == 1 and strides.get(key, 1) > 1:
+            _set_rate(module, module.dilation[0] * strides[key])
+
+
+def set_multi_grid(net: nn.Module, stage: str, multi_grid: Sequence[int], rate: int) -> None:
+    """Multiply the rate of the last stage by a factor of its own in each block.
+
+    Chen et al., arXiv 1706.05587, section 3.1.1: with output stride 16 and (1, 2, 4) the three blocks of a ResNet's
+    last stage have the rates (2, 4, 8). In Xception the units are the three separable convolutions of the last block.
+
+    Args:
+        net: The network.
+        stage: timm's name of the module that is the last stage.
+        multi_grid: One factor for each block.
+        rate: The rate of the stage.
+
+    Raises:
+        ValueError: If the network has no such blocks, or another number of them.
+    """
+    blocks = _blocks(net, stage)
+    if len(blocks) != len(multi_grid):
+        raise ValueError(
+            f"multi_grid is {list(multi_grid)}, but takes a factor for each of the last stage's {len(blocks)} blocks"
+        )
+    for block, factor in zip(blocks, multi_grid, strict=True):
+        for module in block.modules():
+            if _is_spatial(module):
+                _set_rate(module, rate * factor)
+
+
+def insert_nonlocal_blocks(net: nn.Module, stage: str, build: Callable[..., nn.Module]) -> None:
+    """Put a non-local block after every second residual block of a stage.
+
+    Wang et al., arXiv 1711.07971, section 4.1, with the settings of the authors' code: sub-sampled, scaled, and a
+    normalisation that starts at zero, so that a pretrained network starts unchanged.
+
+    Args:
+        net: The network.
+        stage: timm's name of the module that is the stage.
+        build: Gives a block, from the keyword arguments of `NonLocal2d` other than channels and mode.
+
+    Raises:
+        ValueError: If the stage has fewer than two blocks.
+    """
+    blocks = _blocks(net, stage)[1::2]
+    if not blocks:
+        raise ValueError(f"its stage {stage!r} has fewer than two blocks to put a non-local block between")
+    for block in blocks:
+        block.add_module(NONLOCAL_NAME, build(sub_sample=True, norm="batch", zeros_init=True))
+        # A function of the module alone: the network can still be copied and pickled.
+        block.register_forward_hook(_then_nonlocal)
+
+
+def _then_nonlocal(block: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return block.get_submodule(NONLOCAL_NAME)(output)  # (B, C, h, w)
+
+
+def _blocks(net: nn.Module, stage: str) -> list[nn.Module]:
+    """The residual blocks of a stage, shallow to deep, in the ways that timm arranges them."""
+    modules = dict(net.named_modules())
+    module = modules.get(stage) or modules.get(stage.replace(".", "_"))
+    children = dict(module.named_children()) if module is not None else {}
+    for name in ("blocks", "stack"):  # ConvNeXt and ResNetV2; the separable convolutions of Xception
+        if name in children:
+            children = dict(children[name].named_children())
+    if not children:
+        raise ValueError(f"its {stage!r} is no stage of residual blocks")
+    return [block for block in children.values() if any(_is_spatial(part) for part in block.modules())]
+
+
+def _is_spatial(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1 and module.kernel_size[0] % 2 == 1
+
+
+def _set_rate(conv: nn.Conv2d, rate: int) -> None:
+    if any(conv.padding):  # otherwise it pads by itself, as TensorFlow does
+        conv.padding = (rate * (conv.kernel_size[0] // 2), rate * (conv.kernel_size[1] // 2))
+    conv.dilation = (rate, rate)
