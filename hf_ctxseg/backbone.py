@@ -17,6 +17,7 @@ from transformers import TimmBackbone, TimmBackboneConfig
 from .backbone_edit import NONLOCAL_NAME, dilate_first_blocks, insert_nonlocal_blocks, set_multi_grid
 from .backbone_probe import FeatureLevels, probe, run_padded, to_channels_first
 from .configuration_ctxseg import CtxSegConfig
+from .layers import BatchNorm2d
 from .nonlocal_block import NonLocal2d
 
 DILATABLE = ("resnet50", "mobilenetv2_100", "tf_efficientnet_lite0", "convnext_tiny", "regnety_016", "xception65")
@@ -61,6 +62,9 @@ class DilatedBackbone(TimmBackbone):
         self.arguments = arguments
         self.pad_to = plan.pad_to
         self.reductions: list[int] = [plan.reductions[level] for level in chosen]
+        for module in self._backbone.modules():  # ResNeSt normalises after global pooling: one value for one picture
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = BatchNorm2d
         self._edit(config, plan)
 
     def _edit(self, config: CtxSegConfig, plan: FeatureLevels) -> None:

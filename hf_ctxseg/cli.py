@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments[1:])
     except KeyboardInterrupt:
-        print("\nctxseg: interrupted. A training continues with --resume.", file=sys.stderr)
+        hint = " The same command with --resume continues." if arguments[0] == "train" else ""
+        print(f"\nctxseg {arguments[0]}: interrupted.{hint}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if debug:

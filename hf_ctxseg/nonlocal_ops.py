@@ -100,8 +100,9 @@ def _dot_product(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 def _pairwise_relu(queries: torch.Tensor, keys: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     # The projection of a concatenation is a sum of two projections: no (B, 2 D, Q, K) tensor.
-    query_part, key_part = _widened(projection).chunk(2)
-    return F.relu((queries @ query_part).unsqueeze(2) + (keys @ key_part).unsqueeze(1))  # (B, Q, K)
+    # Columns, not vectors: onnxruntime 1.31 multiplies a transposed matrix with a vector wrongly.
+    query_part, key_part = _widened(projection).reshape(2, -1, 1)
+    return F.relu(queries @ query_part + (keys @ key_part).transpose(1, 2))  # (B, Q, K)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

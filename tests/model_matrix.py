@@ -62,7 +62,7 @@ VARIANTS = {
         "mmseg": {"variant": "mmseg", "nonlocal_mode": "embedded_gaussian"},
         "torchvision": {"variant": "torchvision", "nonlocal_mode": "concatenation"},
         "plain": {"variant": "plain", "use_image_pooling": False},
-        "group": {"pool_norm": "group", "pooling_window": [40, 64], "nonlocal_mode": "dot_product"},
+        "group": {"pool_norm": "group", "pooling_window": [24, 32], "nonlocal_mode": "dot_product"},
     },
     "deeplabv3plus": {
         "paper": {},

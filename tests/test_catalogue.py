@@ -152,6 +152,18 @@ def test_a_list_that_is_broken_off_goes_on_where_it_was(cache, monkeypatch):
     assert set(json.loads(file.read_text())) == {"resnet18", "resnet34"}
 
 
+def test_a_long_list_is_kept_as_it_grows(cache, monkeypatch):
+    monkeypatch.setattr(catalogue, "check_backbone", lambda name: BackboneInfo(name, (1,)))
+    names = timm.list_models("resnet*")
+    running = check_backbones(names)
+    for _ in range(51):
+        next(running)
+    (file,) = cache.iterdir()
+    assert list(json.loads(file.read_text())) == names[:50]
+    running.close()
+    assert list(json.loads(file.read_text())) == names[:51]
+
+
 def test_networks_of_the_users_own_are_checked_each_time(cache, monkeypatch):
     def net_of_ones_own(pretrained=False, **arguments):
         return timm.create_model("test_resnet", **{**arguments, "stem_type": "deep"})

@@ -77,7 +77,7 @@ def _twin_is_slow(name):
     return pytest.param(name, marks=pytest.mark.slow) if twin else name
 
 
-@pytest.mark.parametrize("name", map(_twin_is_slow, NAMES))
+@pytest.mark.parametrize("name", [_twin_is_slow(name) for name in NAMES])
 def test_every_preset_builds_and_runs_at_its_stride(name):
     model = _on_meta(name, num_labels=21)
     height, width = 391, 330

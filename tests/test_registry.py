@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from training_helpers import NAMES, flags, make_data
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -16,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 import hf_ctxseg
 from hf_ctxseg import MODELS, CtxSegConfig, CtxSegForSemanticSegmentation, CtxSegImageProcessor, CtxSegModel
+from hf_ctxseg.cli import main
 from hf_ctxseg.layers import ConvNormAct, resize_like
 from hf_ctxseg.modeling_ctxseg import ContextHead
 from hf_ctxseg.registry import find_head, head_name
@@ -114,6 +118,36 @@ def test_a_head_of_the_users_own_is_like_ours(psp, tiny, live, tmp_path):
     found = pipeline("image-segmentation", model=str(tmp_path))(picture)
     assert all(item["mask"].size == picture.size for item in found)
     assert hf_ctxseg.predict(tmp_path, picture).mask.shape == (45, 61)
+
+
+def test_a_head_of_the_users_own_trains_reloads_and_exports(psp, tmp_path):
+    data, run = make_data(tmp_path / "data", train=4, val=1), tmp_path / "run"
+    fields = ["hidden_size=16", "bin_sizes=[1,2]"]
+    assert main(["train", *flags(data=data, output_dir=run, head="psp", config_overrides=fields)]) == 0
+    assert json.loads((run / "metrics.json").read_text())["model"]["head"] == "psp"
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(run).eval()
+    assert type(model) is PSPForSemanticSegmentation and model.config.bin_sizes == [1, 2]
+    assert list(model.config.id2label.values()) == list(NAMES)
+    norm = model.model.decode_head.projection.norm  # starts with statistics of 0 and 1, weights of 1
+    assert norm.num_batches_tracked == 3 and norm.running_mean.abs().min() > 0 and (norm.weight != 1).all()
+
+    sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.randn(1, 3, 65, 97),), dynamic_shapes={"pixel_values": sizes})
+        for shape in ((1, 3, 65, 97), (1, 3, 97, 33)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(exported.module()(x)["logits"], model(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_of_the_users_own_is_listed(psp, capsys):
+    assert main(["models", "--report", "json"]) == 0
+    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["name"] == "psp"]
+    assert row["head"] == "psp" and row["reported"] == "PSPForSemanticSegmentation with its defaults"
+    assert main(["models"]) == 0
+    assert any(line.startswith("psp ") for line in capsys.readouterr().out.splitlines())
+    assert type(hf_ctxseg.preset("psp", bin_sizes=[2])) is PSPConfig
+    assert "psp" in [entry.name for entry in hf_ctxseg.list_models()]
 
 
 def test_the_fields_of_such_a_head_are_checked_as_ours(psp):
