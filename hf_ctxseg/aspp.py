@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .configuration_ctxseg import check_choice, check_number, check_whole_numbers
 from .layers import BatchNorm2d, ConvNormAct, SeparableConvNormAct, resize_like
 
 logger = logging.get_logger(__name__)
@@ -54,6 +55,7 @@ class ImagePooling(nn.Module):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
+        check_choice("norm", norm, ("batch", "group", "none"))
         self.window = window
         self.align_corners = align_corners
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias or norm == "none")
@@ -102,6 +104,9 @@ class ASPP(nn.Module):
 
     Shape:
         input (B, in_channels, h, w), output (B, out_channels, h, w)
+
+    Raises:
+        ValueError: If rates, kernel size, window or norm are outside what is allowed.
     """
 
     def __init__(
@@ -122,6 +127,12 @@ class ASPP(nn.Module):
         norm_momentum: float = 0.1,
     ) -> None:
         super().__init__()
+        check_whole_numbers("atrous_rates", atrous_rates, "[6, 12, 18]")
+        check_number("projection_size", projection_size, 1, float("inf"), int)
+        if projection_size % 2 == 0:
+            raise ValueError(f"projection_size is {projection_size}, but must be odd, so that the map keeps its size.")
+        if pooling_window is not None:
+            check_whole_numbers("pooling_window", pooling_window, "[33, 33]")
         dense = partial(ConvNormAct, norm_eps=norm_eps, norm_momentum=norm_momentum, bias=bias)
         self.atrous_rates = tuple(atrous_rates)
         self.warned_about_rates = False

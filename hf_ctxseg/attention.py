@@ -71,10 +71,10 @@ def heat_map(
 
 
 def _last_block(model: nn.Module, pixel_values: torch.Tensor) -> tuple[NonLocalBlock, torch.Tensor]:
-    seen: list[Any] = []
+    seen: dict[NonLocalBlock, torch.Tensor] = {}
 
-    def keep(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen[:] = [block, inputs[0]]
+    def keep(block: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.setdefault(block, inputs[0])  # of several scales of the picture, the first is the picture's own
 
     hooks = [module.register_forward_pre_hook(keep) for module in model.modules() if isinstance(module, NonLocalBlock)]
     try:
@@ -82,7 +82,7 @@ def _last_block(model: nn.Module, pixel_values: torch.Tensor) -> tuple[NonLocalB
     finally:
         for hook in hooks:
             hook.remove()
-    return seen[0], seen[1]
+    return list(seen.items())[-1]
 
 
 def _cell(pixel: int, pixels: int, cells: int, align_corners: bool) -> int:

@@ -13,14 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TimmBackbone, TimmBackboneConfig
+from transformers import initialization as init
 
 from .backbone_edit import NONLOCAL_NAME, dilate_first_blocks, insert_nonlocal_blocks, set_multi_grid
-from .backbone_probe import FeatureLevels, probe, run_padded, to_channels_first
+from .backbone_probe import FeatureLevels, build_without_memory, probe, run_padded, to_channels_first
 from .configuration_ctxseg import CtxSegConfig
-from .layers import BatchNorm2d
+from .layers import BatchNorm2d, BatchNormAct2d
 from .nonlocal_block import NonLocal2d
 
 DILATABLE = ("resnet50", "mobilenetv2_100", "tf_efficientnet_lite0", "convnext_tiny", "regnety_016", "xception65")
+
+
+_ONE_VALUE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: BatchNorm2d,
+    timm.layers.BatchNormAct2d: BatchNormAct2d,
+}
 
 
 class DilatedBackbone(TimmBackbone):
@@ -62,25 +69,34 @@ class DilatedBackbone(TimmBackbone):
         self.arguments = arguments
         self.pad_to = plan.pad_to
         self.reductions: list[int] = [plan.reductions[level] for level in chosen]
-        for module in self._backbone.modules():  # ResNeSt normalises after global pooling: one value for one picture
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = BatchNorm2d
+        for module in self._backbone.modules():  # one small picture may leave a deep layer one value per channel
+            if type(module) in _ONE_VALUE:
+                module.__class__ = _ONE_VALUE[type(module)]
         self._edit(config, plan)
 
     def _edit(self, config: CtxSegConfig, plan: FeatureLevels) -> None:
         """Make the changes that timm's own arguments cannot express."""
+        if not (config.dilate_first_block or config.multi_grid or config.backbone_nonlocal_stages):
+            return
         native = probe(config.backbone, None, config.num_channels, config.backbone_kwargs).reductions
-        if config.dilate_first_block:
-            dilate_first_blocks(self._backbone, config.backbone, **{**self.arguments, "in_chans": config.num_channels})
+        build = partial(build_without_memory, config.backbone, in_chans=config.num_channels, **self.arguments)
+        rates = [old // new for old, new in zip(native, plan.reductions, strict=True)]
         try:
+            if config.dilate_first_block:
+                dilated = {stage: rate for stage, rate in zip(plan.modules, rates, strict=True) if rate > 1}
+                dilate_first_blocks(self._backbone, build(), dilated)
             if config.multi_grid is not None:
-                rate = native[-1] // plan.reductions[-1]
-                set_multi_grid(self._backbone, plan.modules[-1], config.multi_grid, rate)
+                set_multi_grid(self._backbone, build(), plan.modules[-1], config.multi_grid, rates[-1])
             for stage in config.backbone_nonlocal_stages or ():
                 if stage not in native:
                     raise ValueError(f"backbone_nonlocal_stages names {stage}, but there is no such stage")
                 level = _last(native, stage)
                 block = partial(NonLocal2d, plan.channels[level], mode=config.backbone_nonlocal_mode)
+                with torch.device("meta"):  # blocks that give other channels than their stage fail here, not later
+                    trial = build()
+                    insert_nonlocal_blocks(trial, plan.modules[level], block)
+                    edge = -(-64 // plan.pad_to) * plan.pad_to
+                    trial(torch.zeros(1, config.num_channels, edge, 2 * edge))
                 insert_nonlocal_blocks(self._backbone, plan.modules[level], block)
         except ValueError as error:
             raise ValueError(
@@ -91,7 +107,7 @@ class DilatedBackbone(TimmBackbone):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, NonLocal2d):
-            module.reset_parameters()
+            module.reset_parameters(init)
         else:
             super()._init_weights(module)
 

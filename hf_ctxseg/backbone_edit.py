@@ -3,36 +3,37 @@
 They are made after construction, on every path that builds a model, and none renames a tensor of timm's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
-from .backbone_probe import build_without_memory
-
 NONLOCAL_NAME = "nonlocal_block"
 
 
-def dilate_first_blocks(net: nn.Module, name: str, **arguments: Any) -> None:
+def dilate_first_blocks(net: nn.Module, native: nn.Module, rates: Mapping[str, int]) -> None:
     """Give the first block of every dilated stage the rate of the stage; timm gives it that of the stage before.
 
     Args:
         net: The dilated network.
-        name: timm's name for it.
-        arguments: What it was built with, but for the output stride.
+        native: The same network at its native stride.
+        rates: The rate of each stage, by timm's name of the module that is it.
     """
-    strides = {
-        key: module.stride[0]
-        for key, module in build_without_memory(name, **arguments).named_modules()
-        if isinstance(module, nn.Conv2d)
-    }
+    undilated: dict[str, Any] = dict(native.named_modules())
     for key, module in net.named_modules():
-        if _is_spatial(module) and module.stride[0] == 1 and strides.get(key, 1) > 1:
-            _set_rate(module, module.dilation[0] * strides[key])
+        if _is_spatial(module):
+            stride = undilated[key].stride[0]
+            if module.stride[0] < stride:
+                _set_rate(module, module.dilation[0] * stride)
+    for stage, rate in rates.items():  # where the stride sits in a pooling layer
+        name, module = _find(net, stage)
+        for key, part in module.named_modules(prefix=name):
+            if _is_spatial(part):
+                _set_rate(part, undilated[key].dilation[0] * rate)
 
 
-def set_multi_grid(net: nn.Module, stage: str, multi_grid: Sequence[int], rate: int) -> None:
+def set_multi_grid(net: nn.Module, native: nn.Module, stage: str, multi_grid: Sequence[int], rate: int) -> None:
     """Multiply the rate of the last stage by a factor of its own in each block.
 
     Chen et al., arXiv 1706.05587, section 3.1.1: with output stride 16 and (1, 2, 4) the three blocks of a ResNet's
@@ -40,6 +41,7 @@ def set_multi_grid(net: nn.Module, stage: str, multi_grid: Sequence[int], rate: 
 
     Args:
         net: The network.
+        native: The same network at its native stride; what its convolutions are dilated by there is kept as a factor.
         stage: timm's name of the module that is the last stage.
         multi_grid: One factor for each block.
         rate: The rate of the stage.
@@ -47,15 +49,17 @@ def set_multi_grid(net: nn.Module, stage: str, multi_grid: Sequence[int], rate: 
     Raises:
         ValueError: If the network has no such blocks, or another number of them.
     """
+    undilated: dict[str, Any] = dict(native.named_modules())
     blocks = _blocks(net, stage)
     if len(blocks) != len(multi_grid):
         raise ValueError(
-            f"multi_grid is {list(multi_grid)}, but takes a factor for each of the last stage's {len(blocks)} blocks"
+            f"multi_grid is {list(multi_grid)}, but takes a factor for each of the {len(blocks)} blocks with spatial "
+            "convolutions in the last stage; None keeps timm's rates"
         )
-    for block, factor in zip(blocks, multi_grid, strict=True):
-        for module in block.modules():
+    for (name, block), factor in zip(blocks.items(), multi_grid, strict=True):
+        for key, module in block.named_modules(prefix=name):
             if _is_spatial(module):
-                _set_rate(module, rate * factor)
+                _set_rate(module, undilated[key].dilation[0] * rate * factor)
 
 
 def insert_nonlocal_blocks(net: nn.Module, stage: str, build: Callable[..., nn.Module]) -> None:
@@ -72,10 +76,10 @@ def insert_nonlocal_blocks(net: nn.Module, stage: str, build: Callable[..., nn.M
     Raises:
         ValueError: If the stage has fewer than two blocks.
     """
-    blocks = _blocks(net, stage)[1::2]
-    if not blocks:
-        raise ValueError(f"its stage {stage!r} has fewer than two blocks to put a non-local block between")
-    for block in blocks:
+    blocks = list(_blocks(net, stage).values())
+    if len(blocks) < 2:
+        raise ValueError(f"its stage {stage!r} has {len(blocks)} blocks with spatial convolutions, but needs two")
+    for block in blocks[1::2]:
         block.add_module(NONLOCAL_NAME, build(sub_sample=True, norm="batch", zeros_init=True))
         # A function of the module alone: the network can still be copied and pickled.
         block.register_forward_hook(_then_nonlocal)
@@ -85,17 +89,24 @@ def _then_nonlocal(block: nn.Module, inputs: Any, output: torch.Tensor) -> torch
     return block.get_submodule(NONLOCAL_NAME)(output)  # (B, C, h, w)
 
 
-def _blocks(net: nn.Module, stage: str) -> list[nn.Module]:
-    """The residual blocks of a stage, shallow to deep, in the ways that timm arranges them."""
-    modules = dict(net.named_modules())
-    module = modules.get(stage) or modules.get(stage.replace(".", "_"))
-    children = dict(module.named_children()) if module is not None else {}
-    for name in ("blocks", "stack"):  # ConvNeXt and ResNetV2; the separable convolutions of Xception
-        if name in children:
-            children = dict(children[name].named_children())
-    if not children:
+def _blocks(net: nn.Module, stage: str) -> dict[str, nn.Module]:
+    """The residual blocks of a stage by name, shallow to deep, in the ways that timm arranges them."""
+    name, module = _find(net, stage)
+    for inner in ("blocks", "stack"):  # ConvNeXt and ResNetV2; the separable convolutions of Xception
+        if inner in dict(module.named_children()):
+            name, module = f"{name}.{inner}", module.get_submodule(inner)
+    if not list(module.children()):
         raise ValueError(f"its {stage!r} is no stage of residual blocks")
-    return [block for block in children.values() if any(_is_spatial(part) for part in block.modules())]
+    blocks = {f"{name}.{child}": block for child, block in module.named_children()}
+    return {key: block for key, block in blocks.items() if any(_is_spatial(part) for part in block.modules())}
+
+
+def _find(net: nn.Module, stage: str) -> tuple[str, nn.Module]:
+    modules = dict(net.named_modules())
+    name = stage if stage in modules else stage.replace(".", "_")
+    if name not in modules:
+        raise ValueError(f"its {stage!r} is no stage of residual blocks")
+    return name, modules[name]
 
 
 def _is_spatial(module: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -131,9 +131,15 @@ def run_padded(
 ) -> list[torch.Tensor]:
     """Run a network that asks for whole patches: zeros to the right and below, cut off its maps again."""
     height, width = pixel_values.shape[-2:]
-    padded = F.pad(pixel_values, (0, -width % pad_to, 0, -height % pad_to))
+    below, right = (_steps(edge, pad_to) * pad_to - edge for edge in (height, width))
+    padded = F.pad(pixel_values, (0, right, 0, below))  # (B, num_channels, H + below, W + right)
     maps = to_channels_first(net, net(padded))
     return [
-        level[..., : -(-height // reduction), : -(-width // reduction)]  # (B, C, ceil(H / r), ceil(W / r))
+        level[..., : _steps(height, reduction), : _steps(width, reduction)]  # (B, C, ceil(H / r), ceil(W / r))
         for level, reduction in zip(maps, reductions, strict=True)
     ]
+
+
+def _steps(pixels: int, step: int) -> int:
+    # Not -(-pixels // step): in ONNX the quotient of a negative number is rounded the other way.
+    return (pixels + step - 1) // step

@@ -54,17 +54,18 @@ class BackboneInfo:
     reason: str = ""
 
 
-def list_backbones(pattern: str = "*", output_stride: int | None = None) -> list[BackboneInfo]:
+def list_backbones(pattern: str = "*", output_stride: int | None = None, processes: int = 1) -> list[BackboneInfo]:
     """List the timm networks that serve as backbones; the first time, each takes about a second.
 
     Args:
         pattern: timm's name, with the wildcards `*`, `?` and `[…]`.
         output_stride: Only networks that reach this stride; None: at least one.
+        processes: As for `check_backbones`.
 
     Raises:
         ValueError: If no name matches, with near names, or the stride is no whole number above 0.
     """
-    return [found for found in check_backbones(backbone_names(pattern)) if serves(found, output_stride)]
+    return [found for found in check_backbones(backbone_names(pattern), processes) if serves(found, output_stride)]
 
 
 def serves(found: BackboneInfo, output_stride: int | None) -> bool:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 some inputs failed, 2 usage or bad input, 130 interrupted.
 
 import argparse
 import csv
+import importlib
 import json
 import logging
 import os
@@ -38,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = arguments[:1] == ["--debug"]
     arguments = arguments[debug:]
+    if arguments[:1] == ["--import"]:
+        try:
+            _import(arguments[1] if len(arguments) > 1 else "")
+        except ImportError as error:
+            print(f"ctxseg: error: --import takes the name of a Python module: {error}", file=sys.stderr)
+            return 2
+        arguments = arguments[2:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
         return _usage(arguments)
     _quiet()
@@ -69,12 +77,22 @@ def _usage(arguments: Sequence[str]) -> int:
             file=stream,
         )
     print(
-        "usage: ctxseg VERB …  (ctxseg VERB --help shows an example first; ctxseg --debug VERB … shows traces)\n",
+        "usage: ctxseg VERB …  (ctxseg VERB --help shows an example first)\n"
+        "       ctxseg --debug VERB …          with traces\n"
+        "       ctxseg --import my_head VERB …  with heads that the module my_head registers\n",
         file=stream,
     )
     for verb, what in VERBS.items():
         print(f"  {verb:<8} {what}", file=stream)
     return 0 if asked else 2
+
+
+def _import(module: str) -> None:
+    """Import a module of the user's, which registers heads of their own."""
+    if not module:
+        raise ImportError("none was given.")
+    sys.path.insert(0, os.getcwd())
+    importlib.import_module(module.removesuffix(".py"))
 
 
 def _quiet() -> None:

@@ -5,6 +5,7 @@ nearest valid name, and each value is checked when the config is made.
 """
 
 import difflib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -32,7 +33,10 @@ _TRANSFORMERS_KEYS = {
 }
 
 # Arguments of timm.create_model that follow from the fields.
-_SET_BY_FIELDS = {"features_only", "in_chans", "out_indices", "output_stride", "pretrained"}
+_SET_BY_FIELDS = {
+    *("checkpoint_path", "feature_cfg", "features_only", "in_chans"),
+    *("out_indices", "output_stride", "pretrained", "pretrained_cfg"),
+}
 
 
 def check_number(
@@ -68,6 +72,8 @@ def check_whole_numbers(name: str, values: Any, example: str) -> None:
     """Raise `ValueError` unless `values` is a list of whole numbers above 0."""
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"{name} is {values!r}, but must be a list such as {example}.")
+    if len(values) > 64:
+        raise ValueError(f"{name} holds {len(values)} numbers, but must be a list of at most 64, such as {example}.")
     for index, value in enumerate(values):
         check_number(f"{name}[{index}]", value, 1, float("inf"), int)
 
@@ -84,12 +90,15 @@ class CtxSegConfig(PreTrainedConfig):
         num_channels: Channels of the input picture.
         output_stride: Input pixels per step of the deepest feature map: 8, 16 or 32 for most backbones. What the
             backbone really reaches is checked when the model is built.
-        multi_grid: Factors of the atrous rates of the last stage's blocks, one for each block (arXiv 1706.05587,
-            section 3.1.1), for ResNets and their relatives and for Xception; None: all 1.
+        multi_grid: Factors of the last stage's rate, one for each of its blocks (arXiv 1706.05587, section 3.1.1), for
+            ResNets and their relatives and for Xception; None: timm's rates, whose first block keeps that of the
+            stage before.
         dilate_first_block: Give the first block of a dilated stage the stage's own rate, as torchvision's MobileNetV3
             and smp do; timm, torchvision's ResNets and mmsegmentation give it the rate of the stage before.
         backbone_nonlocal_stages: Native reductions of the backbone's stages in which every second block is followed by
-            a non-local block; [8, 16] are res3 and res4 of arXiv 1711.07971, section 4.1. None: no such blocks.
+            a non-local block; [8, 16] are res3 and res4 of arXiv 1711.07971, section 4.1. For networks of residual
+            blocks with convolutions, not Xception; where timm splits a stage (EfficientNet), its last part. None: no
+            such blocks.
         backbone_nonlocal_mode: Pairwise function of these blocks.
         hidden_size: Width of the context head.
         norm_eps: Epsilon of the head's batch normalisation.
@@ -98,6 +107,7 @@ class CtxSegConfig(PreTrainedConfig):
         align_corners: How logits are brought to the size of the picture.
         use_auxiliary_head: Whether an FCN head on the last but one stage is trained too.
         auxiliary_hidden_size: Width of the auxiliary head.
+        auxiliary_dropout: Probability of dropping a channel before the auxiliary head's classifier.
         auxiliary_loss_weight: Weight of the auxiliary head's loss.
         semantic_loss_ignore_index: Label value of pixels that count neither in the loss nor in the metric.
         palette: One [red, green, blue] per class, 0 to 255, for pictures of masks; None: colours of the package.
@@ -121,6 +131,7 @@ class CtxSegConfig(PreTrainedConfig):
     align_corners: bool = False
     use_auxiliary_head: bool = False
     auxiliary_hidden_size: int = 256
+    auxiliary_dropout: float = 0.1
     auxiliary_loss_weight: float = 0.4
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | None = None
@@ -205,12 +216,20 @@ class CtxSegConfig(PreTrainedConfig):
         if self.backbone_kwargs is not None and not isinstance(self.backbone_kwargs, dict):
             raise ValueError(f"backbone_kwargs is {self.backbone_kwargs!r}, but must be a dict or None.")
         if taken := sorted(_SET_BY_FIELDS & set(self.backbone_kwargs or ())):
-            raise ValueError(f"backbone_kwargs holds {', '.join(taken)}, which the config's fields set: remove it.")
+            raise ValueError(f"backbone_kwargs holds {', '.join(taken)}, which the package sets: remove it.")
+        try:
+            json.dumps(self.backbone_kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"backbone_kwargs is {self.backbone_kwargs!r}, which config.json cannot hold ({error}): give names as "
+                "timm knows them, such as norm_layer='groupnorm'."
+            ) from error
         for name in ("num_channels", "hidden_size", "auxiliary_hidden_size", "output_stride"):
             check_number(name, getattr(self, name), 1, float("inf"), int)
         check_number("norm_eps", self.norm_eps, 0, 1, exclusive_low=True)
         check_number("norm_momentum", self.norm_momentum, 0, 1, exclusive_low=True)
         check_number("classifier_dropout", self.classifier_dropout, 0, 1)
+        check_number("auxiliary_dropout", self.auxiliary_dropout, 0, 1)
         check_number("auxiliary_loss_weight", self.auxiliary_loss_weight, 0, float("inf"))
         check_number("semantic_loss_ignore_index", self.semantic_loss_ignore_index, float("-inf"), float("inf"), int)
         if 0 <= self.semantic_loss_ignore_index < (self.num_labels or 0):
@@ -224,6 +243,8 @@ class CtxSegConfig(PreTrainedConfig):
             check_whole_numbers("multi_grid", self.multi_grid, "[1, 2, 4]")
         if self.backbone_nonlocal_stages is not None:
             check_whole_numbers("backbone_nonlocal_stages", self.backbone_nonlocal_stages, "[8, 16]")
+            if len(set(self.backbone_nonlocal_stages)) < len(self.backbone_nonlocal_stages):
+                raise ValueError(f"backbone_nonlocal_stages is {self.backbone_nonlocal_stages}: name each stage once.")
         check_choice("backbone_nonlocal_mode", self.backbone_nonlocal_mode, NONLOCAL_MODES)
 
     def _check_palette(self) -> None:

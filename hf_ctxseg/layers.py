@@ -1,5 +1,6 @@
 """Small layers shared by the heads."""
 
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -17,15 +18,29 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise `input` (B, C, H, W)."""
-        if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
-            logger.warning_once(
-                "A batch normalisation got one value per channel (one picture after image pooling) in training: it "
-                "uses its running statistics there. Train with two or more pictures per device to avoid this."
-            )
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-            )
-        return super().forward(input)
+        return _by_running_statistics(self, input) if _is_one_value(self, input) else super().forward(input)
+
+
+class BatchNormAct2d(timm.layers.BatchNormAct2d):
+    """timm's batch normalisation with activation, that trains with one value per channel as `BatchNorm2d` does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise `x` (B, C, H, W) and apply the activation."""
+        return self.act(self.drop(_by_running_statistics(self, x))) if _is_one_value(self, x) else super().forward(x)
+
+
+def _is_one_value(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
+    if not (norm.training and x.shape[0] * x.shape[2] * x.shape[3] == 1):
+        return False
+    logger.warning_once(
+        "A batch normalisation got one value per channel (one picture after image pooling) in training: it uses its "
+        "running statistics there. Train with two or more pictures per device to avoid this."
+    )
+    return True
+
+
+def _by_running_statistics(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps)
 
 
 class ConvNormAct(nn.Module):

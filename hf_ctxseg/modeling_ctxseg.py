@@ -54,7 +54,7 @@ class FCNHead(nn.Module):
         self.conv = ConvNormAct(
             in_channels, width, kernel_size=3, norm_eps=config.norm_eps, norm_momentum=config.norm_momentum
         )
-        self.dropout = nn.Dropout2d(config.classifier_dropout)
+        self.dropout = nn.Dropout2d(config.auxiliary_dropout)
         self.classifier = Classifier(width, config.num_labels, kernel_size=1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class CtxSegPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             if isinstance(module, Classifier):  # He initialisation would start the loss far above log(num_labels)
                 init.normal_(module.weight, std=0.01)
-            else:  # He initialisation; torch's own counts the outputs of all groups, too many for a depthwise convolution
+            else:  # He initialisation by the outputs of one group; torch counts all of a depthwise convolution's
                 fan_out = module.weight[:, 0].numel() // module.groups
                 init.normal_(module.weight, std=math.sqrt(2) / math.sqrt(fan_out))
             if module.bias is not None:
@@ -85,14 +85,16 @@ class CtxSegPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
         elif isinstance(module, NonLocalBlock):  # comes after its convolutions, whose weights it draws otherwise
-            module.reset_parameters()
+            module.reset_parameters(init)
+        else:  # layers that a head from outside the package may have
+            super()._init_weights(module)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Of code outside itself, transformers passes over modules without tensors of their own: the blocks. It does so
@@ -143,7 +145,8 @@ class CtxSegModel(CtxSegPreTrainedModel):
             return_dict: Whether to give an output object (default) or a tuple.
 
         Returns:
-            `last_hidden_state` (B, hidden_size, h, w); `hidden_states`, the backbone's maps, where asked.
+            `last_hidden_state` (B, C, h, w) with C the head's `out_channels`; `hidden_states`, the backbone's maps,
+            where asked.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
         features = self.backbone(pixel_values)

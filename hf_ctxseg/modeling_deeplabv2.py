@@ -59,7 +59,7 @@ class DeepLabV2Config(CtxSegConfig):
         if not isinstance(self.input_scales, (list, tuple)):
             raise ValueError(f"input_scales is {self.input_scales!r}, but must be a list such as [0.5, 0.75, 1.0].")
         for index, scale in enumerate(self.input_scales):
-            check_number(f"input_scales[{index}]", scale, 0, float("inf"), exclusive_low=True)
+            check_number(f"input_scales[{index}]", scale, 1 / 16, 16)
         if 1 not in self.input_scales or len(set(self.input_scales)) < len(self.input_scales):
             raise ValueError(
                 f"input_scales is {self.input_scales!r}, but must hold 1, and no scale twice: [0.5, 0.75, 1.0]."

@@ -37,7 +37,9 @@ class DeepLabV3Config(CtxSegConfig):
             `"torchvision"`: a further 3×3 convolution (256; dropout 0.5 within the pyramid), as in torchvision and,
             with `align_corners=True`, segmentation_models_pytorch;
             `"plain"`: as the paper, every convolution with a bias before its normalisation (256; dropout 0.1;
-            `align_corners=True`).
+            `align_corners=True`); its momentum is `norm_momentum`, its one multiplier of the rates is
+            16 / `output_stride`.
+            The variant of a saved model stays: another one has other weights.
         atrous_rates: Rates of the 3×3 branches, stated for output stride 16; may be empty.
         absolute_rates: Take the rates as they are, instead of scaling them with 16 / output_stride.
         use_image_pooling: Whether the image-level features are a branch (section 3.3).

@@ -3,7 +3,8 @@
 Chen, Zhu, Papandreou, Schroff, Adam: "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
 Segmentation", arXiv 1802.02611, section 3.1 and figure 2. The context is brought to the size of the backbone's map of
 stride 4, joined with that map, projected to few channels, in the order [context, low level], and refined: logits have
-stride 4. The well-known code bases build heads that differ in part; `variant` names them.
+stride 4. The well-known code bases build heads that differ in part; `variant` names them. timm takes Xception's map of
+stride 4 after its ReLU, the authors' TensorFlow code before it.
 """
 
 from collections.abc import Sequence

@@ -5,17 +5,15 @@ every position holds, weighted by a pairwise function. W_z starts at zero, so th
 leaves it as it was. The keys of the state dict do not depend on `sub_sample`, since pooling has no parameters.
 """
 
-import difflib
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import initialization as init
 
+from .configuration_ctxseg import NONLOCAL_MODES, check_choice, check_number
 from .layers import BatchNorm2d
-from .nonlocal_ops import MODES, nonlocal_attention, nonlocal_weights
+from .nonlocal_ops import nonlocal_attention, nonlocal_weights
 
 _ORDERS = ("conv_first", "pool_first")
 
@@ -64,10 +62,9 @@ class NonLocalBlock(nn.Module):
     ) -> None:
         super().__init__()
         for name, number in (("in_channels", in_channels), ("reduction", reduction)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} is {number!r}, but must be a whole number from 1.")
-        _check_choice("mode", mode, MODES)
-        _check_choice("sub_sample_order", sub_sample_order, _ORDERS)
+            check_number(name, number, 1, float("inf"), int)
+        check_choice("mode", mode, NONLOCAL_MODES)
+        check_choice("sub_sample_order", sub_sample_order, _ORDERS)
         if norm not in (None, "batch"):
             raise ValueError(f"norm is {norm!r}, but must be 'batch' or None.")
         inter_channels = max(in_channels // reduction, 1)
@@ -84,8 +81,13 @@ class NonLocalBlock(nn.Module):
         self.norm = self.norm_class(in_channels, eps=norm_eps, momentum=norm_momentum) if norm else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw the weights anew, except for those that transformers has just loaded."""
+    @torch.no_grad()
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        """Draw the weights anew.
+
+        Args:
+            init: Module of the drawing functions; transformers' own leave alone what it has loaded.
+        """
         for module in self.children():
             if isinstance(module, self.norm_class):
                 init.ones_(module.weight)
@@ -105,7 +107,7 @@ class NonLocalBlock(nn.Module):
         theta, phi = self._queries_and_keys(x)
         g = _rows(self._pooled(self.g, x))  # (B, K, inter_channels)
         y = nonlocal_attention(theta, phi, g, self.mode, self.scale, self._projection)
-        y = y.transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])  # (B, inter_channels, *positions)
+        y = y.transpose(1, 2).reshape(x.shape[0], y.shape[2], *x.shape[2:])  # (B, inter_channels, *positions)
         y = self.conv_out(y)
         return x + (y if self.norm is None else self.norm(y))
 
@@ -197,10 +199,3 @@ class NonLocal3d(NonLocalBlock):
 
 def _rows(maps: torch.Tensor) -> torch.Tensor:
     return maps.flatten(2).transpose(1, 2)  # (B, positions, channels)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{name} is {value!r}: {hint}It must be one of {', '.join(choices)}.")

@@ -260,11 +260,15 @@ def preset(name: str, **overrides: Any) -> CtxSegConfig:
 
     Args:
         name: One of `list_models()`, for example `"deeplabv3plus-xception65"`.
-        overrides: Fields of the configuration that shall differ, for example `num_labels=11`.
+        overrides: Fields of the configuration that shall differ, for example `num_labels=11`. With another
+            `backbone`, the preset's `multi_grid` and `backbone_kwargs`, which belong to its own, are left out.
 
     Raises:
         ValueError: If there is no such preset, or a field is unknown or out of range.
     """
     entry = find_preset(name)
     config_class = find_head(entry.head)[0]
-    return config_class(**{**copy.deepcopy(dict(entry.fields)), **overrides})
+    fields = copy.deepcopy(dict(entry.fields))
+    if "backbone" in overrides:  # another network has another number of blocks, and other arguments
+        fields = {key: value for key, value in fields.items() if key not in ("multi_grid", "backbone_kwargs")}
+    return config_class(**{**fields, **overrides})

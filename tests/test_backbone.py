@@ -80,7 +80,7 @@ def test_patches_that_the_picture_does_not_fill_see_zeros(name, multiple):
 
 
 @pytest.mark.parametrize("name", ["coatnet_0_224", "beit_base_patch16_224"])
-def test_networks_of_one_picture_size_are_refused(name):
+def test_c4_networks_of_one_picture_size_are_refused(name):
     with pytest.raises(ValueError, match=r"gives no feature maps for pictures of any size in timm .*: choose another"):
         backbone(name, 32)
 
@@ -99,7 +99,7 @@ def test_without_auxiliary_head_only_the_deepest_map_is_given(name):
     assert len(net(torch.rand(1, 3, 32, 32))) == len(net.channels) == len(net.reductions) == 1
 
 
-def test_channels_last_networks_are_permuted():
+def test_c4_channels_last_networks_are_permuted():
     torch.manual_seed(0)
     net = backbone("swin_tiny_patch4_window7_224", 32, use_auxiliary_head=True, backbone_kwargs=SWIN)
     torch.manual_seed(0)
@@ -181,8 +181,8 @@ def test_multi_grid_changes_the_features_and_keeps_their_size():
 @pytest.mark.parametrize(
     ("name", "grid", "text"),
     [
-        ("resnet50", [1, 2], r"multi_grid is \[1, 2\], but takes a factor for each of the last stage's 3 blocks"),
-        ("mobilenetv2_100", [1, 2, 4], "the last stage's 1 blocks"),
+        ("resnet50", [1, 2], r"multi_grid is \[1, 2\], but takes a factor for each of the 3 blocks"),
+        ("mobilenetv2_100", [1, 2, 4], "each of the 1 blocks with spatial convolutions in the last stage"),
         ("test_vit", [1, 2, 4], "cannot be changed as asked"),
     ],
 )
@@ -207,6 +207,34 @@ def test_first_block_follows_torchvisions_mobilenet():
     theirs = [m.dilation[0] for m in peer.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     assert ours == theirs
     assert 2 in ours
+
+
+@pytest.mark.parametrize("name", ["resnetblur50", "resnest14d", "resnetaa50"])
+def test_first_block_is_dilated_where_a_pool_has_the_stride(name):
+    with torch.device("meta"):
+        found = rates(backbone(name, 16, dilate_first_block=True))
+    assert {rate for key, rate in found.items() if key.startswith("layer4")} == {2}
+    assert {rate for key, rate in found.items() if not key.startswith("layer4")} == {1}
+
+
+def test_multi_grid_keeps_what_a_convolution_is_dilated_by_of_itself():
+    with torch.device("meta"):
+        plain = rates(backbone("skresnet18", 32))
+        assert rates(backbone("skresnet18", 32, multi_grid=[1, 1])) == plain
+        twice = rates(backbone("skresnet18", 32, multi_grid=[2, 2]))
+    last = {key: rate for key, rate in plain.items() if key.startswith("layer4")}
+    assert {1, 2} <= set(last.values())  # its selective kernels
+    assert {key: rate for key, rate in twice.items() if key.startswith("layer4")} == {
+        key: 2 * rate for key, rate in last.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_byobnet", "regnetx_002"])
+def test_n1_one_picture_of_one_cell_trains(name):
+    net = backbone(name, 32).train()
+    level = net(torch.rand(1, 3, 32, 32))[-1]
+    level.sum().backward()
+    assert level.shape[-2:] == (1, 1) and torch.isfinite(level).all()
 
 
 def test_nothing_is_dilated_at_the_native_stride():
@@ -254,12 +282,12 @@ def test_backbone_kwargs_reach_timm():
     ("name", "near"),
     [("resnet5", "resnet50"), ("mobilenetv2_10", "mobilenetv2_100"), ("resnet50.a1_in1kk", r"resnet50\.a1_in1k")],
 )
-def test_unknown_name_is_refused_with_near_names(name, near):
+def test_c4_unknown_name_is_refused_with_near_names(name, near):
     with pytest.raises(ValueError, match=rf"no backbone '{name}': did you mean .*{near}"):
         backbone(name)
 
 
-def test_unknown_name_without_a_near_one_says_how_to_list():
+def test_c4_unknown_name_without_a_near_one_says_how_to_list():
     with pytest.raises(ValueError, match=r"no backbone 'q': timm\.list_models"):
         backbone("q")
 
@@ -277,7 +305,7 @@ def test_unknown_name_without_a_near_one_says_how_to_list():
         ("test_vit", 32, "16"),
     ],
 )
-def test_unreachable_stride_is_refused(name, stride, reached):
+def test_c3_unreachable_stride_is_refused(name, stride, reached):
     text = rf"'{name}' cannot reach output_stride {stride}.*: it reaches {reached}\. .*for example resnet50"
     with pytest.raises(ValueError, match=text):
         backbone(name, stride)
@@ -571,10 +599,12 @@ def test_a_model_with_inserted_blocks_reloads_and_starts_right_without_them(tmp_
     ("name", "stages", "text"),
     [
         ("resnet18", [12], "backbone_nonlocal_stages names 12, but there is no such stage"),
-        ("resnet10t", [8], "fewer than two blocks"),
+        ("resnet10t", [8], "has 1 blocks with spatial convolutions, but needs two"),
+        ("densenet121", [16], "NonLocal2d got a tensor of shape"),
         ("xception41", [16], "is no stage of residual blocks"),
     ],
 )
 def test_nonlocal_stages_that_are_not_there_are_refused(name, stages, text):
+    stride = 32 if name == "densenet121" else 16
     with torch.device("meta"), pytest.raises(ValueError, match=text):
-        backbone(name, 16, backbone_nonlocal_stages=stages)
+        backbone(name, stride, backbone_nonlocal_stages=stages)

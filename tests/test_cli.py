@@ -411,3 +411,40 @@ def test_a_preset_can_be_trained(clean, tmp_path, capsys):
     capsys.readouterr()
     refused = _refused(capsys, tmp_path / "run", *arguments, "--head", "deeplabv3")
     assert "head is given beside preset" in refused
+
+
+HEAD = """
+from hf_ctxseg import ASPP, CtxSegConfig, CtxSegForSemanticSegmentation, CtxSegModel, register
+from hf_ctxseg.modeling_ctxseg import ContextHead
+
+class OwnConfig(CtxSegConfig):
+    model_type = "ctxseg_own"
+
+class OwnHead(ContextHead):
+    def __init__(self, config, channels, reductions):
+        super().__init__(config, config.hidden_size)
+        self.aspp = ASPP(channels[-1], config.hidden_size, (1, 2))
+    def forward(self, features):
+        return self.aspp(features[-1])
+
+class OwnModel(CtxSegModel):
+    config_class, head_class = OwnConfig, OwnHead
+
+class OwnForSemanticSegmentation(CtxSegForSemanticSegmentation):
+    config_class, model_class = OwnConfig, OwnModel
+
+register(OwnConfig, OwnModel, OwnForSemanticSegmentation)
+"""
+
+
+def test_a_head_of_the_users_own_is_known_to_the_command(tmp_path):
+    (tmp_path / "own_head.py").write_text(HEAD)
+    command = [sys.executable, "-m", "hf_ctxseg.cli", "--import", "own_head", "models", "--report", "csv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith("own,own,")]
+
+
+@pytest.mark.parametrize("module", [["no_such_head"], []])
+def test_a_module_that_is_not_there_is_named(module, capsys):
+    assert main(["--import", *module]) == 2
+    assert "--import takes the name of a Python module: " in capsys.readouterr().err

@@ -16,6 +16,7 @@ BAD = {
     "norm_eps": (0, -1e-5, 2, "1e-5", math.nan, None),
     "norm_momentum": (0, -0.1, 1.1, None, math.nan),
     "classifier_dropout": (-0.1, 1.1, "0.1", math.nan, True),
+    "auxiliary_dropout": (-0.1, 1.1, "0.1", math.nan, True, None),
     "align_corners": (0, 1, "true"),
     "use_auxiliary_head": (0, 1, "false", None),
     "auxiliary_loss_weight": (-1, math.inf, math.nan, None, "0.4"),
@@ -45,7 +46,7 @@ def test_bad_values_are_tried_for_every_field():
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
-def test_bad_value_is_refused_by_name(name, value):
+def test_c2_bad_value_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         DeepLabV3Config(**{name: value})
 
@@ -84,17 +85,17 @@ def test_changed_values_are_checked_again():
     ("key", "near"),
     [("ouput_stride", "output_stride"), ("atrous_rate", "atrous_rates"), ("num_label", "num_labels")],
 )
-def test_misspelt_key_is_refused_with_the_nearest(key, near):
+def test_c1_misspelt_key_is_refused_with_the_nearest(key, near):
     with pytest.raises(ValueError, match=rf"no field '{key}': did you mean {near}\?"):
         DeepLabV3Config(**{key: 3})
 
 
-def test_unknown_key_is_refused_with_the_list():
+def test_c1_unknown_key_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"no field 'qqqq'.*backbone, .*use_image_pooling"):
         DeepLabV3Config(qqqq=1)
 
 
-def test_unknown_key_in_a_file_is_refused(tmp_path):
+def test_c1_unknown_key_in_a_file_is_refused(tmp_path):
     DeepLabV3Config().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"aspp_rates": [6]}))

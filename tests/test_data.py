@@ -452,7 +452,7 @@ class _Draws:
         return image, mask
 
 
-def test_draws_depend_on_seed_epoch_and_index_alone(root):
+def test_n6_draws_depend_on_seed_epoch_and_index_alone(root):
     samples = load_data(root).train
 
     def draw(seed, epoch, workers=0, order=range(6)):

@@ -20,7 +20,7 @@ def trained_norm(norm_class, channels=5):
     return norm
 
 
-def test_one_value_per_channel_uses_the_running_statistics():
+def test_n1_one_value_per_channel_uses_the_running_statistics():
     norm = trained_norm(BatchNorm2d).train()
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     x = torch.randn(1, 5, 1, 1)
@@ -29,7 +29,7 @@ def test_one_value_per_channel_uses_the_running_statistics():
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
-def test_one_value_per_channel_gives_gradients():
+def test_n1_one_value_per_channel_gives_gradients():
     norm = trained_norm(BatchNorm2d).train()
     x = torch.randn(1, 5, 1, 1, requires_grad=True)
     norm(x).sum().backward()
@@ -37,7 +37,7 @@ def test_one_value_per_channel_gives_gradients():
     torch.testing.assert_close(norm.bias.grad, torch.ones(5))
 
 
-def test_one_value_per_channel_is_warned_about_once(caplog):
+def test_n1_one_value_per_channel_is_warned_about_once(caplog):
     norm = BatchNorm2d(5).train()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

@@ -21,9 +21,9 @@ MODEL_FILES = {
     "image_processing_ctxseg": set(),
     "dense_loss": {"layers"},
     "backbone_probe": set(),
-    "backbone_edit": {"backbone_probe"},
-    "nonlocal_block": {"layers", "nonlocal_ops"},
-    "aspp": {"layers"},
+    "backbone_edit": set(),
+    "nonlocal_block": {"configuration_ctxseg", "layers", "nonlocal_ops"},
+    "aspp": {"configuration_ctxseg", "layers"},
     "backbone": {"configuration_ctxseg", "layers", "backbone_probe", "backbone_edit", "nonlocal_block"},
     "modeling_ctxseg": {"configuration_ctxseg", "layers", "dense_loss", "backbone", "nonlocal_block"},
 }

@@ -294,7 +294,7 @@ def test_every_parameter_gets_a_gradient(tiny, live, scales, width, backbone):
 
 
 @pytest.mark.parametrize("width", [None, 8])
-def test_one_picture_of_odd_size_trains(tiny, width):
+def test_n1_one_picture_of_odd_size_trains(tiny, width):
     model = model_of(tiny(DeepLabV2Config, branch_channels=width, input_scales=SCALES)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -359,7 +359,7 @@ def test_tuple_and_dictionary_are_the_same_with_scales(saved):
                 assert all(map(torch.equal, values[-1], expected))
 
 
-def test_export_with_scales_and_dynamic_sizes(saved):
+def test_n7_export_with_scales_and_dynamic_sizes(saved):
     model, _ = saved
     sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     with torch.no_grad():
@@ -375,7 +375,7 @@ def test_bad_values_are_tried_for_every_field():
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
-def test_bad_value_is_refused_by_name(name, value):
+def test_c2_bad_value_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         DeepLabV2Config(**{name: value})
 

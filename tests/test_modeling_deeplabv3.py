@@ -126,7 +126,7 @@ def test_large_rates_are_warned_about_once(caplog, tiny):
     assert len(caplog.records) == 1
 
 
-def test_one_picture_trains(tiny):
+def test_n1_one_picture_trains(tiny):
     model = model_of(tiny(use_auxiliary_head=True)).train()
     pooled, deepest = model.model.decode_head.aspp.image_pooling.norm, model.model.decode_head.aspp.branches[0].norm
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -399,7 +399,7 @@ def test_head_pools_over_the_window_of_its_config(live, tiny):
         assert layer(x).flatten(2).std(dim=2).max() > 0.01  # not one feature for all positions
 
 
-def test_a_window_exports_for_pictures_larger_than_it(tiny, live):
+def test_n7_a_window_exports_for_pictures_larger_than_it(tiny, live):
     model = live(model_of(tiny(pooling_window=[40, 17], atrous_rates=[1], nonlocal_mode="embedded_gaussian")))
     sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     with torch.no_grad():

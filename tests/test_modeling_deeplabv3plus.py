@@ -119,7 +119,7 @@ def test_a_variant_sets_what_the_user_does_not(tmp_path, variant, values):
         ("low_level_chanels", 48, "did you mean low_level_channels"),
     ],
 )
-def test_bad_values_are_refused(field, value, text):
+def test_c2_bad_values_are_refused(field, value, text):
     with pytest.raises(ValueError, match=text):
         DeepLabV3PlusConfig(**{field: value})
 
@@ -165,7 +165,7 @@ def test_rates_of_smp_are_absolute(tiny):
     assert DeepLabV3PlusConfig(variant="smp").effective_rates == [6, 12, 18]
 
 
-def test_a_backbone_without_a_map_at_stride_4_is_refused(tiny):
+def test_c4_a_backbone_without_a_map_at_stride_4_is_refused(tiny):
     config = tiny(DeepLabV3PlusConfig, backbone="test_vit", output_stride=16)
     with pytest.raises(ValueError, match=r"stride 4.*test_vit"):
         DeepLabV3PlusModel(config)

@@ -75,7 +75,7 @@ def test_defaults_are_those_of_the_published_head():
         ("concat_input", 0, "concat_input is 0"),
     ],
 )
-def test_bad_values_are_refused(field, value, text):
+def test_c2_bad_values_are_refused(field, value, text):
     with pytest.raises(ValueError, match=text):
         NonLocalConfig(**{field: value})
     assert not hasattr(CtxSegConfig(), field)
@@ -144,7 +144,7 @@ def test_every_parameter_learns(lively, mode, sub_sample):
     assert silent == set()
 
 
-def test_one_small_picture_trains(tiny):
+def test_n1_one_small_picture_trains(tiny):
     model = NonLocalForSemanticSegmentation(tiny(NonLocalConfig)).train()
     for module in model.backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -155,7 +155,7 @@ def test_one_small_picture_trains(tiny):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_bfloat16_autocast_agrees(lively, mode):
+def test_n4_bfloat16_autocast_agrees(lively, mode):
     model = lively(nonlocal_mode=mode)
     x = torch.randn(2, 3, 65, 49)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_bfloat16_autocast_agrees(lively, mode):
         for sub in (False, True)
     ],
 )
-def test_exports_with_dynamic_sizes(lively, mode, sub_sample):
+def test_n7_exports_with_dynamic_sizes(lively, mode, sub_sample):
     model = lively(nonlocal_mode=mode, sub_sample=sub_sample)
     sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     with torch.no_grad():

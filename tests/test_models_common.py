@@ -17,8 +17,8 @@ from transformers import (
     pipeline,
 )
 
-from hf_ctxseg import MODELS, CtxSegImageProcessor, DeepLabV3Config, DeepLabV3ForSemanticSegmentation
-from hf_ctxseg.registry import head_name
+from hf_ctxseg import MODELS, CtxSegImageProcessor
+from hf_ctxseg.registry import find_head, head_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ODD_SIZES = [(45, 61), (33, 70), (1, 1), (2, 50)]
@@ -174,7 +174,7 @@ def test_bad_values_given_to_from_pretrained_are_refused(folder, given, text):
             auto_class.from_pretrained(folder, **given)
 
 
-def test_other_classes_are_refused_unless_asked_for(model, folder):
+def test_c5_other_classes_are_refused_unless_asked_for(model, folder):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForSemanticSegmentation.from_pretrained(folder, num_labels=11)
     loaded, info = AutoModelForSemanticSegmentation.from_pretrained(
@@ -210,7 +210,7 @@ def test_hidden_states_may_be_asked_for_by_the_config(folder):
     assert loaded(torch.rand(1, 3, 33, 33)).hidden_states is not None
 
 
-def test_batch_equals_one_by_one(model):
+def test_n6_batch_equals_one_by_one(model):
     x = torch.randn(4, 3, 45, 61)
     with torch.inference_mode():
         single = torch.cat([model(item[None]).logits for item in x])
@@ -259,7 +259,7 @@ def test_half_precision_loads(model, folder):
     assert (logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def test_export_with_dynamic_sizes(model):
+def test_n7_export_with_dynamic_sizes(model):
     sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     with torch.no_grad():
         exported = torch.export.export(model, (torch.randn(2, 3, 65, 97),), dynamic_shapes={"pixel_values": sizes})
@@ -274,15 +274,16 @@ def stored_input():
     return torch.from_numpy(np.stack(planes).astype(np.float32))[None]
 
 
-def test_a_model_saved_by_an_older_version_opens_with_the_same_output():
+@pytest.mark.parametrize("saved", sorted(FIXTURES.iterdir()), ids=lambda path: path.name)
+def test_c10_a_model_saved_by_an_older_version_opens_with_the_same_output(saved):
     # Written once, when the model was first published; its files stay as they are.
-    saved = FIXTURES / "deeplabv3_tiny"
     model, info = AutoModelForSemanticSegmentation.from_pretrained(
         saved, dtype=torch.float32, output_loading_info=True
     )
     assert clean(info)
-    assert type(model) is DeepLabV3ForSemanticSegmentation
-    assert isinstance(model.config, DeepLabV3Config)
+    config_class, _, segmentation_class = find_head(saved.name.split("_")[0])
+    assert type(model) is segmentation_class
+    assert type(model.config) is config_class
     assert model.config.id2label == {0: "ground", 1: "disc", 2: "box"}
     with np.load(saved / "expected.npz") as expected, torch.inference_mode():
         output = model(stored_input(), output_hidden_states=True)
@@ -290,3 +291,7 @@ def test_a_model_saved_by_an_older_version_opens_with_the_same_output():
         auxiliary_logits = model.auxiliary_head(output.hidden_states[-2])
         np.testing.assert_allclose(auxiliary_logits.numpy(), expected["auxiliary_logits"], atol=1e-4)
     assert tuple(AutoImageProcessor.from_pretrained(saved).image_mean) == (0.485, 0.456, 0.406)
+
+
+def test_c10_every_head_has_a_saved_model(classes):
+    assert list(FIXTURES.glob(f"{head_name(classes[0])}_*"))

@@ -214,3 +214,10 @@ def test_every_head_with_its_defaults_is_listed_too():
     for config_class, _, _ in MODELS:
         name = config_class.model_type.removeprefix("ctxseg_")
         assert preset(name, hidden_size=32).to_dict() == config_class(hidden_size=32).to_dict()
+
+
+def test_another_backbone_leaves_out_what_belongs_to_the_first():
+    assert preset("deeplabv3-resnet50").multi_grid == [1, 2, 4]
+    assert preset("deeplabv3-resnet50", backbone="mobilenetv2_100").multi_grid is None
+    assert preset("deeplabv3-mobilenetv3-torchvision", backbone="resnet18").backbone_kwargs is None
+    assert preset("deeplabv3-resnet50", backbone="resnet101", multi_grid=[1, 1, 2]).multi_grid == [1, 1, 2]

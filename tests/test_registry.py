@@ -177,3 +177,55 @@ def test_public_names_are_there():
     )
     with pytest.raises(AttributeError, match="no attribute 'DeepLab'"):
         hf_ctxseg.DeepLab  # noqa: B018
+
+
+class MixedConfig(CtxSegConfig):
+    model_type = "ctxseg_mixed"
+
+
+class MixedHead(ContextHead):
+    """Layers that the package's own heads do not have."""
+
+    def __init__(self, config, channels, reductions):
+        super().__init__(config, out_channels=8)
+        self.linear = nn.Linear(channels[-1], 8)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv1d(8, 8, 1)
+        self.batch_norm = nn.BatchNorm1d(8)
+
+    def forward(self, features):
+        height, width = features[-1].shape[2:]
+        rows = self.norm(self.linear(features[-1].flatten(2).transpose(1, 2))).transpose(1, 2)  # (B, 8, h * w)
+        return self.batch_norm(self.conv(rows)).unflatten(2, (height, width))
+
+    def build_classifier(self, in_channels):
+        return nn.ConvTranspose2d(in_channels, self.config.num_labels, 2, stride=2)
+
+
+class MixedModel(CtxSegModel):
+    config_class = MixedConfig
+    head_class = MixedHead
+
+
+class MixedForSemanticSegmentation(CtxSegForSemanticSegmentation):
+    config_class = MixedConfig
+    model_class = MixedModel
+
+
+def test_c5_any_layer_that_a_checkpoint_lacks_is_drawn(tmp_path):
+    config = MixedConfig(backbone="test_efficientnet", num_labels=3)
+    model = MixedForSemanticSegmentation(config)
+    weights = {key: value for key, value in model.state_dict().items() if ".decode_head." not in key}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    loaded, info = MixedForSemanticSegmentation.from_pretrained(
+        tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {key.split(".")[2] for key in info["missing_keys"]} == {"linear", "norm", "conv", "batch_norm"}
+    assert {key for key, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+    head = loaded.model.decode_head
+    for value in loaded.state_dict().values():
+        assert torch.isfinite(value).all() and value.abs().max() < 100
+    assert head.norm.weight.eq(1).all() and head.batch_norm.running_var.eq(1).all()
+    assert not (head.linear.bias.any() or head.batch_norm.running_mean.any() or head.norm.bias.any())
+    for weight in (head.linear.weight, head.conv.weight, loaded.classifier.weight):
+        assert 0.005 < weight.std() < 0.5

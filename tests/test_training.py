@@ -115,7 +115,7 @@ def test_scores_equal_a_plain_recomputation(line):
     assert found["loss"] == pytest.approx(loss / len(truth), rel=1e-4)
 
 
-def test_argument_file_repeats_the_run_bit_for_bit(line, tmp_path, capsys):
+def test_n5_argument_file_repeats_the_run_bit_for_bit(line, tmp_path, capsys):
     _, run, _ = line
     other = tmp_path / "other"  # --resume with nothing there starts
     assert main(["train", "--config", str(run / "args.yaml"), "--output_dir", str(other), "--resume"]) == 0
