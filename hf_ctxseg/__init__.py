@@ -26,6 +26,7 @@ from .modeling_nonlocal import NonLocalConfig, NonLocalForSemanticSegmentation, 
 from .nonlocal_block import NonLocal1d, NonLocal2d, NonLocal3d
 from .presets import Preset, list_models, preset
 from .registry import MODELS, register
+from .upsampling import upsampled_argmax
 
 if TYPE_CHECKING:
     from .evaluation import evaluate
@@ -96,5 +97,6 @@ __all__ = [
     "push",
     "register",
     "train",
+    "upsampled_argmax",
     "upsampled_cross_entropy",
 ]

@@ -24,6 +24,8 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from typing_extensions import Self
 
+from .upsampling import upsampled_argmax
+
 
 class CtxSegImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of the image processor beside transformers' own.
@@ -193,8 +195,11 @@ class CtxSegImageProcessor(TorchvisionBackend):
             )
         results: list[Any] = []
         for index, scores in enumerate(logits):
-            if target_sizes is not None:
-                size = tuple(int(edge) for edge in target_sizes[index])
+            size = None if target_sizes is None else (int(target_sizes[index][0]), int(target_sizes[index][1]))
+            if size is not None and not return_segmentation_scores:
+                results.append(upsampled_argmax(scores[None], size, self.align_corners)[0])
+                continue
+            if size is not None:
                 scores = F.interpolate(
                     scores[None].float(), size=size, mode="bilinear", align_corners=self.align_corners
                 )[0]  # (K, height, width)

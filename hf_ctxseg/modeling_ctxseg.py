@@ -71,6 +71,8 @@ class CtxSegPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     # Trainer infers from a forward with **kwargs that the model divides its loss by num_items_in_batch: it does not.
     accepts_loss_kwargs = False
+    # Of the non-local blocks: "sdpa" is the fast form of every pairwise function, "eager" the formula as written.
+    _supports_sdpa = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -132,6 +134,9 @@ class CtxSegModel(CtxSegPreTrainedModel):
         config.check_values()
         self.backbone = DilatedBackbone(config)
         self.decode_head = self.head_class(config, self.backbone.channels, self.backbone.reductions)
+        for module in self.modules():
+            if isinstance(module, NonLocalBlock):
+                module.config = config  # its attn_implementation may change at any time
         self.post_init()
 
     def forward(

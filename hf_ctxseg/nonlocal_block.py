@@ -68,6 +68,7 @@ class NonLocalBlock(nn.Module):
         if norm not in (None, "batch"):
             raise ValueError(f"norm is {norm!r}, but must be 'batch' or None.")
         inter_channels = max(in_channels // reduction, 1)
+        self.config: Any = None  # of the model that the block is part of, if any
         self.in_channels, self.mode, self.zeros_init = in_channels, mode, zeros_init
         self.sub_sample, self.sub_sample_order = sub_sample, sub_sample_order
         self.scale = inter_channels**-0.5 if use_scale and mode == "embedded_gaussian" else 1.0
@@ -106,7 +107,8 @@ class NonLocalBlock(nn.Module):
         """Add to each position of `x` (B, in_channels, *positions) what it takes from all of them."""
         theta, phi = self._queries_and_keys(x)
         g = _rows(self._pooled(self.g, x))  # (B, K, inter_channels)
-        y = nonlocal_attention(theta, phi, g, self.mode, self.scale, self._projection)
+        plain = getattr(self.config, "_attn_implementation", None) == "eager"
+        y = nonlocal_attention(theta, phi, g, self.mode, self.scale, self._projection, plain)
         y = y.transpose(1, 2).reshape(x.shape[0], y.shape[2], *x.shape[2:])  # (B, inter_channels, *positions)
         y = self.conv_out(y)
         return x + (y if self.norm is None else self.norm(y))

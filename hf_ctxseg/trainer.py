@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -22,12 +21,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from .arguments import CtxSegTrainingArguments
 from .data import EvaluationDataset, TrainingDataset, collate_evaluation
+from .dense_loss import upsampled_cross_entropy
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .inference import predict_mask
-from .layers import resize_like
 from .metrics import MeanIoU, confusion_matrix
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .samples import ClassInfo
+from .upsampling import upsampled_argmax
 from .visualization import preview_grid
 
 
@@ -112,21 +112,15 @@ class SegmentationTrainer(Trainer):
         """Score a batch of whole pictures: matrices (B, K, K) and (loss sum, valid pixels) (B, 2)."""
         inputs = self._prepare_inputs(inputs)
         matrices, losses = [], []
+        ignore_index, align_corners = self.classes.ignore_index, self.model.config.align_corners
         with torch.no_grad(), self.compute_loss_context_manager():
             for logits, label in zip(_logits(model, inputs["pixel_values"]), inputs["labels"], strict=True):
-                upsampled = resize_like(logits[None].float(), label.shape, self.model.config.align_corners)
-                losses.append(self._loss_sum(upsampled, label))
-                matrices.append(
-                    confusion_matrix(
-                        upsampled.argmax(dim=1)[0], label, self.classes.num_labels, self.classes.ignore_index
-                    )
-                )
+                pixels = (label != ignore_index).sum()
+                mean = upsampled_cross_entropy(logits[None], label[None], ignore_index, align_corners)
+                losses.append(torch.stack([mean * pixels, pixels.float()]))
+                mask = upsampled_argmax(logits[None], (label.shape[0], label.shape[1]), align_corners)[0]
+                matrices.append(confusion_matrix(mask, label, self.classes.num_labels, ignore_index))
         return None, torch.stack(matrices), torch.stack(losses)
-
-    def _loss_sum(self, upsampled: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        ignore_index = self.classes.ignore_index
-        total = F.cross_entropy(upsampled, label[None], ignore_index=ignore_index, reduction="sum")
-        return torch.stack([total.float(), (label != ignore_index).sum().float()])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation pictures and draw the preview grid."""

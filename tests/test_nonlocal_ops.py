@@ -1,11 +1,18 @@
 """The pairwise functions against formulas written out, in every precision."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from hf_ctxseg import nonlocal_ops
 from hf_ctxseg.configuration_ctxseg import NONLOCAL_MODES
 from hf_ctxseg.nonlocal_ops import MODES, nonlocal_attention, nonlocal_weights
 
@@ -40,6 +47,41 @@ def written_out(theta, phi, mode, scale, projection):
     return torch.tensor(result, dtype=torch.float64)
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation gives, in a backward pass too."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [
+            leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in tree_leaves(result) if torch.is_tensor(leaf)
+        ]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+def lean_from_the_first_pair():
+    """Take the paths for many positions with few, which a test can check by the formula as written."""
+    return mock.patch.multiple(nonlocal_ops, _PAIRS=64, _SORTED_FROM=0)
+
+
+def with_gradients(theta, phi, g, projection, dy, mode, plain):
+    arguments = [tensor.detach().requires_grad_() for tensor in (theta, phi, g, projection)]
+    used = arguments if mode == "concatenation" else arguments[:3]
+    y = nonlocal_attention(*arguments[:3], mode, 0.6, arguments[3] if mode == "concatenation" else None, plain)
+    return [y.detach(), *torch.autograd.grad(y, used, dy)]
+
+
+def with_exact_sums(theta, phi, g, projection, mode):
+    theta, phi, g, projection = (x.detach().double() for x in (theta, phi, g, projection))
+    weights = theta @ phi.transpose(1, 2)
+    if mode == "concatenation":
+        first, second = projection.chunk(2)
+        weights = F.relu((theta @ first)[:, :, None] + (phi @ second)[:, None])
+    return weights @ g / phi.shape[1]
+
+
 def test_modes_are_those_of_the_configuration():
     assert MODES == NONLOCAL_MODES
 
@@ -60,15 +102,107 @@ def test_equal_to_three_loops(mode, scale):
     torch.testing.assert_close(chosen, expected[:, [3]], rtol=1e-12, atol=1e-12)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    mode=st.sampled_from(MODES),
+    batch=st.integers(1, 3),
+    queries=st.integers(0, 40),
+    keys=st.integers(1, 40),
+    width=st.integers(1, 9),
+    values=st.integers(1, 9),
+    by_channel=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_lean_and_plain_are_equal(mode, batch, queries, keys, width, values, by_channel, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, queries, width), (batch, keys, width), (batch, keys, values), (batch, queries, values)]
+    theta, phi, g, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    projection = torch.randn(2 * width, generator=generator, dtype=torch.float64)
+    if by_channel:  # as a convolution leaves them in memory
+        theta, phi, g, dy = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (theta, phi, g, dy))
+    with lean_from_the_first_pair():
+        found = with_gradients(theta, phi, g, projection, dy, mode, plain=False)
+    expected = with_gradients(theta, phi, g, projection, dy, mode, plain=True)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10 * max(0.0, 1.0, *y.abs().flatten().tolist()))
+
+
+@pytest.mark.parametrize("values", [16, 12])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_are_right(mode):
+def test_float32_errs_no_more_than_the_plain_formula(mode, values):
+    theta, phi, g, projection = rows(700, 600, 16, values, torch.float32)
+    dy = torch.randn(2, 700, values, generator=torch.Generator().manual_seed(1))
+    exact = with_gradients(*(x.double() for x in (theta, phi, g, projection, dy)), mode, plain=True)
+    errors = []
+    for plain in (False, True):
+        found = with_gradients(theta, phi, g, projection, dy, mode, plain)
+        errors.append(max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(found, exact, strict=True)))
+    # Weights that a backward pass computes again are not the ones of the forward pass to the last digit.
+    assert errors[0] <= (4 if "gaussian" in mode else 1.1) * errors[1]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_right(mode, plain):
     arguments = [tensor.requires_grad_() for tensor in rows(3, 4, 2, 3)]
-    assert torch.autograd.gradcheck(
-        lambda theta, phi, g, projection: nonlocal_attention(
-            theta, phi, g, mode, 0.7, projection if mode == "concatenation" else None
-        ),
-        arguments,
-    )
+    with lean_from_the_first_pair():
+        assert torch.autograd.gradcheck(
+            lambda theta, phi, g, projection: nonlocal_attention(
+                theta, phi, g, mode, 0.7, projection if mode == "concatenation" else None, plain
+            ),
+            arguments,
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("values", [8, 6])
+def test_n3_memory_is_linear_in_the_positions(mode, values):
+    largest = []
+    for count in (600, 1200):
+        theta, phi, g, projection = rows(count, count, 8, values, torch.float32)
+        dy = torch.ones(2, count, values)
+        with mock.patch.object(nonlocal_ops, "_PAIRS", 2**14), LargestTensor() as seen:
+            found = with_gradients(theta, phi, g, projection, dy, mode, plain=False)
+        largest.append(seen.elements)
+        expected = with_gradients(*(x.double() for x in (theta, phi, g, projection, dy)), mode, plain=True)
+        for x, y in zip(found, expected, strict=True):
+            assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+    assert largest[1] <= 2.1 * largest[0] and largest[1] < 1200 * 1200 / 8
+    with LargestTensor() as seen:
+        with_gradients(theta, phi, g, projection, dy, mode, plain=True)
+    assert seen.elements >= 2 * 1200 * 1200
+
+
+def test_softmax_needs_no_kernel():
+    theta, phi, g, _ = rows(50, 60, 8, 8, torch.float32)
+    expected = nonlocal_attention(theta, phi, g, "gaussian")
+    with sdpa_kernel(SDPBackend.MATH), mock.patch.object(nonlocal_ops, "_PAIRS", 240), LargestTensor() as seen:
+        y = nonlocal_attention(theta, phi, g, "gaussian")
+    assert seen.elements < 1500
+    torch.testing.assert_close(y, expected)
+
+
+def test_dot_product_takes_the_order_with_fewer_operations():
+    for count, largest in ((10, 10 * 96), (400, 2 * 400 * 96)):
+        theta, phi, g, _ = rows(count, count, 96, 96)
+        with LargestTensor() as seen:
+            y = nonlocal_attention(theta, phi, g, "dot_product")
+        assert seen.elements <= 2 * largest  # neither the 96 x 96 summary nor the 400 x 400 pairs
+        torch.testing.assert_close(y, theta @ phi.transpose(1, 2) @ g / count)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_position_and_none(mode, plain):
+    theta, phi, g, projection = rows(1, 1, 4, 3)
+    given = projection if mode == "concatenation" else None
+    product = (theta * phi).sum(-1, keepdim=True)
+    weight = {"dot_product": product, "concatenation": F.relu((torch.cat([theta, phi], -1) @ projection)[..., None])}
+    with lean_from_the_first_pair():
+        y = nonlocal_attention(theta, phi, g, mode, 1.0, given, plain)
+        torch.testing.assert_close(y, weight.get(mode, 1.0) * g)
+        assert nonlocal_attention(theta[:, :0], phi, g, mode, 1.0, given, plain).shape == (2, 0, 3)
+        assert nonlocal_attention(theta[:0], phi[:0], g[:0], mode, 1.0, given, plain).shape == (0, 1, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -96,8 +230,29 @@ def test_autocast_does_not_touch_the_sums(mode, dtype):
     assert torch.equal(weights, nonlocal_weights(theta, phi, mode, projection=given))
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_logits_beyond_float16_stay_finite(mode):
+def test_n2_activations_up_to_the_end_of_float16_over_sqrt_c_stay_finite(mode, plain):
+    # 65504 / sqrt(512): the product of two positions is 65504 squared.
+    signs = torch.randn(3, 2, 40, 512, generator=torch.Generator().manual_seed(0)).sign()
+    theta, phi, g = ((2890.0 * signs).half().requires_grad_()).unbind()
+    projection = torch.full((1024,), 0.01).half()
+    given = projection if mode == "concatenation" else None
+    with lean_from_the_first_pair():
+        y = nonlocal_attention(theta, phi, g, mode, 512**-0.5, given, plain)
+        assert torch.isfinite(y).all()
+        gradients = torch.autograd.grad((y.float() * 1e-8).sum(), (theta, phi, g))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    if "gaussian" in mode:
+        assert y.abs().max() <= g.abs().max()
+    else:
+        exact = with_exact_sums(theta, phi, g, projection, mode)
+        error = (y.double() - exact.clamp(-65504, 65504)).abs()
+        assert (error <= 2e-3 * exact.abs() + 1e-6 * exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_n2_logits_beyond_float16_stay_finite(mode):
     # 512 channels of 40: products of 819200, which float16 does not hold.
     theta, phi = torch.full((1, 3, 512), 40.0).half(), torch.full((1, 5, 512), 40.0).half()
     phi[:, 1] = -40.0
