@@ -17,6 +17,7 @@ from .aspp import ASPP
 from .catalogue import BackboneInfo, list_backbones
 from .configuration_ctxseg import CtxSegConfig
 from .dense_loss import upsampled_cross_entropy
+from .folding import fold_batch_norm
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .modeling_ctxseg import CtxSegForSemanticSegmentation, CtxSegModel
 from .modeling_deeplabv2 import DeepLabV2Config, DeepLabV2ForSemanticSegmentation, DeepLabV2Model
@@ -90,6 +91,7 @@ __all__ = [
     "Preset",
     "attention_map",
     "evaluate",
+    "fold_batch_norm",
     "list_backbones",
     "list_models",
     "predict",

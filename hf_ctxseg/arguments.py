@@ -142,7 +142,7 @@ class CtxSegTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Continue from the newest complete checkpoint of output_dir, or start."}
     )
     channels_last: bool = field(
-        default=True, metadata={"help": "Memory format of the training: faster on CPU and on GPU with bf16 or fp16."}
+        default=True, metadata={"help": "Memory format of the weights on a GPU: faster with bf16 or fp16."}
     )
     preview_images: int = field(default=4, metadata={"help": "Validation pictures drawn at each evaluation."})
     # What follows is needed by the trainer of this package and not for users to choose.

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .configuration_ctxseg import check_choice, check_number, check_whole_numbers
 from .layers import BatchNorm2d, ConvNormAct, SeparableConvNormAct, resize_like
+from .memory_format import to_fast_format
 
 logger = logging.get_logger(__name__)
 
@@ -79,8 +80,10 @@ class ImagePooling(nn.Module):
             pooled = F.avg_pool2d(pooled, (1, min(self.window[1], width)), stride=1)  # (B, in_channels, h', w')
         pooled = F.relu(self.norm(self.conv(pooled)))
         if self.window is None:
-            return pooled.expand(-1, -1, height, width)  # (B, out_channels, h, w)
-        return resize_like(pooled, (height, width), self.align_corners)  # (B, out_channels, h, w)
+            pooled = pooled.expand(-1, -1, height, width)
+        else:
+            pooled = resize_like(pooled, (height, width), self.align_corners)
+        return to_fast_format(pooled)  # (B, out_channels, h, w); one branch in another format would decide for all
 
 
 class ASPP(nn.Module):
@@ -156,6 +159,7 @@ class ASPP(nn.Module):
         """Give the context features of one map."""
         if not torch.compiler.is_compiling():
             self._warn_about_large_rates(*features.shape[-2:])
+        features = to_fast_format(features)
         branches = [branch(features) for branch in self.branches]
         if self.image_pooling is not None:
             branches.append(self.image_pooling(features))

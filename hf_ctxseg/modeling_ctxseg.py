@@ -21,6 +21,7 @@ from .backbone import DilatedBackbone
 from .configuration_ctxseg import CtxSegConfig
 from .dense_loss import upsampled_cross_entropy
 from .layers import Classifier, ConvNormAct
+from .memory_format import to_fast_format
 from .nonlocal_block import NonLocalBlock
 
 
@@ -71,6 +72,8 @@ class CtxSegPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     # Trainer infers from a forward with **kwargs that the model divides its loss by num_items_in_batch: it does not.
     accepts_loss_kwargs = False
+    # Names of the normalisations that `fold_batch_norm` made part of convolutions, in the copy that it gives.
+    folded_batch_norms: tuple[str, ...] | None = None
     # Of the non-local blocks: "sdpa" is the fast form of every pairwise function, "eager" the formula as written.
     _supports_sdpa = True
 
@@ -102,6 +105,15 @@ class CtxSegPreTrainedModel(PreTrainedModel):
         # Of code outside itself, transformers passes over modules without tensors of their own: the blocks. It does so
         # to protect loaded tensors, which the functions of transformers.initialization leave alone anyway.
         super()._initialize_weights(module, is_custom_code=False)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save configuration and weights as transformers does; refuses a copy that `fold_batch_norm` gave."""
+        if self.folded_batch_norms is not None:
+            raise ValueError(
+                "This is a copy for inference: its batch normalisations are folded into its convolutions, so that its "
+                "tensors are no longer those of the architecture. Save the model that it was made from."
+            )
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained_backbone(
@@ -154,7 +166,7 @@ class CtxSegModel(CtxSegPreTrainedModel):
             where asked.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
-        features = self.backbone(pixel_values)
+        features = self.backbone(to_fast_format(pixel_values))
         hidden_state = self.decode_head(features)
         output = BaseModelOutputWithNoAttention(
             last_hidden_state=hidden_state,

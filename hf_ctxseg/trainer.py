@@ -56,7 +56,7 @@ class SegmentationTrainer(Trainer):
         self.scores = _StreamedScores(classes)
         self.evaluation_seconds: float | None = None
         self.scored_step: int | None = None
-        if args.channels_last:
+        if args.channels_last and args.device.type != "cpu":  # on a CPU the model chooses by itself
             model.to(memory_format=torch.channels_last)
         super().__init__(
             model=model,
