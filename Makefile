@@ -11,7 +11,7 @@ FAST := -m "not slow"
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-floor parity lint clean
+.PHONY: help demo test test-full test-floor parity bench lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test-floor: $(FLOOR)/.dev ## The tests of `make test` on the lowest versions tha
 
 parity: $(PARITY)/.dev ## Compare converted models with the code bases that their weights come from
 	OMP_NUM_THREADS=1 $(PARITY)/bin/python $(PYTEST) -W ignore tests/parity  # what the peers warn of is theirs
+
+bench: $(PARITY)/.dev ## Measure time and memory against the formulas as written and the other code bases
+	$(PARITY)/bin/python scripts/benchmark.py --output_dir benchmark
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
