@@ -15,6 +15,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .plain_formulas import plain_formulas
+
 _WORTH_SKIPPING = 0.9  # share of products outside the padding below which the backward tap by tap is faster
 _LARGE, _OUTPUTS = 1 << 22, 64  # weights of a kernel that is taken in pieces, outputs of a piece
 _BY_ROWS = 6  # rate from which depthwise convolution row by row is the fastest
@@ -38,7 +40,7 @@ class AtrousConv2d(nn.Conv2d):
             if is_depthwise and rate >= _BY_ROWS and input.device.type == "cpu":
                 return super().forward(input.contiguous()).contiguous(memory_format=torch.channels_last)
             return super().forward(input)
-        if not _is_fast(input):
+        if not _is_fast(input) or plain_formulas():
             return super().forward(input)
         trains = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         if not is_depthwise:

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .plain_formulas import plain_formulas
 from .upsampling import computing_type, upsampled_blocks
 
 
@@ -56,6 +57,8 @@ def upsampled_cross_entropy(
     if torch.compiler.is_compiling():  # a compiler plans its own loops
         return _plain(logits, labels, options)
     _check_values(labels, logits.shape[1], ignore_index)
+    if plain_formulas():
+        return _plain(logits, labels, options)
     if torch.is_grad_enabled() and logits.requires_grad:
         loss: torch.Tensor = _UpsampledCrossEntropy.apply(logits, labels, options)
         return loss

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from .pairwise_relu import pairwise_relu
+from .plain_formulas import plain_formulas
 
 Mode = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
 MODES: tuple[str, ...] = get_args(Mode)
 
-_PAIRS = 2**21  # held at a time by the softmax without a kernel
+_PAIRS = 2**21  # held at a time by the softmax without a kernel; with fewer in all, none is needed
 _SORTED_FROM = 2**18  # pairs: with fewer, the formula as written is faster than sorting
 
 
@@ -55,7 +56,7 @@ def nonlocal_attention(
     """
     _check(mode, projection)
     with _full_precision(theta):
-        if plain:
+        if plain or plain_formulas():
             y = nonlocal_weights(theta, phi, mode, scale, projection) @ _widened(g)
         elif mode == "dot_product":
             y = _dot_product(_widened(theta), _widened(phi), _widened(g))
@@ -106,13 +107,16 @@ def _softmax(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, scale: flo
     if theta.device.type != "cuda":
         dtype = torch.promote_types(dtype, torch.float32)
     queries, keys, values = theta.to(dtype), phi.to(dtype), g.to(dtype)
-    if queries.is_cuda or queries.shape[2] == values.shape[2] or torch.compiler.is_compiling():
+    # A few pairs fit into a processor's cache, where the formula as written is faster than the kernel.
+    few = not torch.compiler.is_compiling() and queries.shape[0] * queries.shape[1] * keys.shape[1] <= _PAIRS
+    one_width = queries.shape[2] == values.shape[2]
+    if queries.is_cuda or torch.compiler.is_compiling() or (one_width and not few):
         # One head (B, 1, rows, channels), whose rows have to lie together in memory.
         query, key, value = (rows.contiguous().unsqueeze(1) for rows in (queries, keys, values))
         if _has_kernel(query, key, value, scale):
             return F.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1)  # (B, Q, G)
     queries, keys, values = _widened(queries), _widened(keys), _widened(values)
-    if queries.shape[0] * queries.shape[1] * keys.shape[1] <= _PAIRS:
+    if few:
         return (queries @ keys.transpose(1, 2) * scale).softmax(dim=-1) @ values
     return _ChunkedSoftmax.apply(queries, keys, values, scale)
 

@@ -12,6 +12,8 @@ from typing import Literal, overload
 import torch
 from torch.nn import functional as F
 
+from .plain_formulas import plain_formulas
+
 # Values per block: what stays in a processor's cache; elsewhere enough to keep a device busy (128 MB in float32).
 CPU_BLOCK = 1 << 20
 DEVICE_BLOCK = 1 << 25
@@ -42,7 +44,7 @@ def upsampled_argmax(
     Returns:
         Class indices (B, H, W), int64, the first of equal ones; with scores also their probabilities (B, H, W).
     """
-    if torch.compiler.is_compiling():  # a compiler plans its own loops
+    if torch.compiler.is_compiling() or plain_formulas():  # a compiler plans its own loops
         upsampled = F.interpolate(
             logits.detach().to(computing_type(logits)), size, mode="bilinear", align_corners=align_corners
         )

@@ -243,6 +243,7 @@ def _send_peak(
 ) -> None:
     torch.set_num_threads(threads)
     be_quiet()
+    _hold_nothing_freed()
     try:
         sender.send(_peak(make, device, with_weights, steps))
     except (RuntimeError, MemoryError) as error:  # out of memory, for which torch has no class of its own on a CPU
@@ -287,6 +288,17 @@ def _status(key: str) -> int:
     """A line of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def _hold_nothing_freed() -> None:
+    """Have memory of 64 KiB and more returned when it is freed: what a peak then counts is in use, not kept for later.
+
+    By itself glibc keeps up to 32 MiB per block once such a block was freed, so that peaks depend on what was before.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    except (AttributeError, OSError):  # another C library than glibc
+        pass
 
 
 def _give_back() -> None:

@@ -187,7 +187,7 @@ def _inference_case(name: str, library: str, classes: int, size: Size) -> Case:
         target = Target(f"{name}, 512×512, inference", *_INFERENCE_TARGETS[name])
     pixels = size[0] * size[1]
     title = f"{name} inference K={classes} {size[0]}x{size[1]}"
-    return Case(title, f"{name}, {classes} classes", pixels, sides, target, with_weights=True)
+    return Case(title, f"{name}, {classes} classes", pixels, sides, target)
 
 
 def _compiled_case(name: str, library: str) -> Case:
