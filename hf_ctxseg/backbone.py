@@ -15,10 +15,10 @@ from torch import nn
 from transformers import TimmBackbone, TimmBackboneConfig
 from transformers import initialization as init
 
-from .atrous_conv import use_atrous_convs
 from .backbone_edit import NONLOCAL_NAME, dilate_first_blocks, insert_nonlocal_blocks, set_multi_grid
 from .backbone_probe import FeatureLevels, build_without_memory, probe, run_padded, to_channels_first
 from .configuration_ctxseg import CtxSegConfig
+from .fast_conv import use_fast_convs
 from .layers import BatchNorm2d, BatchNormAct2d
 from .nonlocal_block import NonLocal2d
 
@@ -74,7 +74,7 @@ class DilatedBackbone(TimmBackbone):
             if type(module) in _ONE_VALUE:
                 module.__class__ = _ONE_VALUE[type(module)]
         self._edit(config, plan)
-        use_atrous_convs(self._backbone)
+        use_fast_convs(self._backbone)
 
     def _edit(self, config: CtxSegConfig, plan: FeatureLevels) -> None:
         """Make the changes that timm's own arguments cannot express."""

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .atrous_conv import AtrousConv2d
+from .fast_conv import FastConv2d
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ class ConvNormAct(nn.Module):
     ) -> None:
         super().__init__()
         padding = dilation * (kernel_size // 2)
-        conv = AtrousConv2d if dilation > 1 else nn.Conv2d
+        conv = FastConv2d if kernel_size > 1 else nn.Conv2d
         self.conv = conv(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=bias)
         self.norm = BatchNorm2d(out_channels, eps=norm_eps, momentum=norm_momentum)
         self.act = nn.ReLU(inplace=True)
@@ -110,7 +110,7 @@ class SeparableConvNormAct(nn.Module):
         norm_between: bool = True,
     ) -> None:
         super().__init__()
-        conv = AtrousConv2d if dilation > 1 else nn.Conv2d
+        conv = FastConv2d if dilation > 1 else nn.Conv2d
         self.depthwise = conv(
             in_channels, in_channels, 3, padding=dilation, dilation=dilation, groups=in_channels, bias=False
         )

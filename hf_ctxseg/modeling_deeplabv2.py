@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from .atrous_conv import AtrousConv2d
 from .configuration_ctxseg import CtxSegConfig, check_number, check_whole_numbers
+from .fast_conv import FastConv2d
 from .layers import Classifier, resize_like
 from .modeling_ctxseg import ContextHead, CtxSegForSemanticSegmentation, CtxSegModel
 
@@ -84,7 +84,7 @@ class AtrousBranch(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, rate: int, dropout: float) -> None:
         super().__init__()
-        self.fc6 = AtrousConv2d(in_channels, out_channels, kernel_size=3, padding=rate, dilation=rate)
+        self.fc6 = FastConv2d(in_channels, out_channels, kernel_size=3, padding=rate, dilation=rate)
         self.fc7 = nn.Conv2d(out_channels, out_channels, kernel_size=1)
         self.dropout = nn.Dropout(dropout)
 

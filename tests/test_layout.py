@@ -17,9 +17,10 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 MODEL_FILES = {
     "configuration_ctxseg": set(),
     "plain_formulas": set(),
-    "atrous_conv": {"plain_formulas"},
+    "winograd": set(),
+    "fast_conv": {"plain_formulas", "winograd"},
     "memory_format": {"plain_formulas"},
-    "layers": {"atrous_conv"},
+    "layers": {"fast_conv"},
     "pairwise_relu": set(),
     "nonlocal_ops": {"pairwise_relu", "plain_formulas"},
     "upsampling": {"plain_formulas"},
@@ -32,7 +33,7 @@ MODEL_FILES = {
     "backbone": {
         "configuration_ctxseg",
         "layers",
-        "atrous_conv",
+        "fast_conv",
         "backbone_probe",
         "backbone_edit",
         "nonlocal_block",
@@ -50,7 +51,7 @@ MODEL_FILES = {
 HEAD_FILES = {
     "configuration_ctxseg",
     "layers",
-    "atrous_conv",
+    "fast_conv",
     "aspp",
     "nonlocal_block",
     "backbone",

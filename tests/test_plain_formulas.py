@@ -6,10 +6,10 @@ import pytest
 import torch
 from model_matrix import Cell
 
-from hf_ctxseg import atrous_conv, dense_loss, nonlocal_ops, upsampled_argmax, upsampling
+from hf_ctxseg import dense_loss, fast_conv, nonlocal_ops, upsampled_argmax, upsampling
 
 FAST = [
-    *((atrous_conv, name) for name in ("_convolve", "_TapByTap", "_RowByRow", "_InTiles")),
+    *((fast_conv, name) for name in ("_convolve", "_TapByTap", "_RowByRow", "_InTiles")),
     *((nonlocal_ops, name) for name in ("_softmax", "_dot_product", "_concatenation")),
     (dense_loss, "upsampled_blocks"),
     (upsampling, "upsampled_blocks"),

@@ -1,10 +1,11 @@
-"""Atrous convolutions that skip what lies in the padding, for maps with the channels last in memory on a CPU.
+"""Convolutions that spare products, for maps with the channels last in memory on a CPU.
 
 At rate r a 3×3 kernel on a map of H×W cells meets the map with its outer taps in (H - r) / H of the rows only: with
 DeepLabv3's rates of 12, 24 and 36 (Chen et al., arXiv 1706.05587, section 3.3) on 33×33 cells a third of the products
 remain. The library leaves out the others in the forward of dense convolutions; here their backward does too, as a
 product of matrices for each tap, and depthwise convolutions, whose library form is slow at large rates, are computed
-row by row or, at small rates, as a convolution without a rate on every r-th cell. All are exact.
+row by row or, at small rates, as a convolution without a rate on every r-th cell. In inference, wide dense 3×3
+convolutions with little padding go through Winograd's filtering, at small rates on every r-th cell too. All are exact.
 """
 
 from collections.abc import Iterator
@@ -16,13 +17,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .plain_formulas import plain_formulas
+from .winograd import winograd_conv
 
 _WORTH_SKIPPING = 0.9  # share of products outside the padding below which the backward tap by tap is faster
 _LARGE, _OUTPUTS = 1 << 22, 64  # weights of a kernel that is taken in pieces, outputs of a piece
 _BY_ROWS = 6  # rate from which depthwise convolution row by row is the fastest
+# Winograd's filtering pays, in inference, from so many channels in and out and blocks of outputs, and up to this rate.
+_WIDE, _BLOCKS, _TILED = 256, 128, 4
 
 
-class AtrousConv2d(nn.Conv2d):
+class FastConv2d(nn.Conv2d):
     """`nn.Conv2d` that chooses among equal ways to compute itself.
 
     The plain one is taken on GPUs, under autocast, in exports, for maps in another memory format, and wherever size or
@@ -44,7 +48,9 @@ class AtrousConv2d(nn.Conv2d):
             return super().forward(input)
         trains = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         if not is_depthwise:
-            if trains and _live_share(input, self.weight, rate) < _WORTH_SKIPPING:
+            if not trains and self._suits_winograd(input):
+                output = _winograd(input, self.weight, rate)
+            elif trains and _live_share(input, self.weight, rate) < _WORTH_SKIPPING:
                 output = _TapByTap.apply(input, self.weight, rate)
             else:
                 output = _convolve(input, self.weight, rate)
@@ -55,6 +61,20 @@ class AtrousConv2d(nn.Conv2d):
         else:
             return super().forward(input)
         return output if self.bias is None else output + self.bias.view(-1, 1, 1)  # (B, out_channels, H, W)
+
+    def _suits_winograd(self, x: torch.Tensor) -> bool:
+        rate = self.dilation[0]
+        blocks = x.shape[0] * rate**2
+        for edge in x.shape[2:]:
+            blocks *= -(-edge // (2 * rate))
+        return (
+            self.kernel_size == (3, 3)
+            and min(self.in_channels, self.out_channels) >= _WIDE
+            and rate <= min(_TILED, *x.shape[2:])
+            and blocks >= _BLOCKS
+            # Of the products outside the padding, 9 for a cell, it must spare a quarter.
+            and 16 * blocks <= 0.75 * 9 * x.shape[0] * x.shape[2] * x.shape[3] * _live_share(x, self.weight, rate)
+        )
 
     def _keeps_size(self) -> bool:
         size, rate = self.kernel_size[0], self.dilation[0]
@@ -68,11 +88,15 @@ class AtrousConv2d(nn.Conv2d):
         )
 
 
-def use_atrous_convs(net: nn.Module) -> None:
-    """Make the atrous convolutions of a network choose how to compute themselves; its tensors keep their names."""
+def use_fast_convs(net: nn.Module) -> None:
+    """Make the convolutions that can gain by it choose how to compute themselves; tensors keep their names."""
     for module in net.modules():
-        if type(module) is nn.Conv2d and max(module.dilation) > 1:
-            module.__class__ = AtrousConv2d
+        if type(module) is nn.Conv2d and (max(module.dilation) > 1 or _is_wide(module)):
+            module.__class__ = FastConv2d
+
+
+def _is_wide(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (3, 3) and conv.stride == (1, 1) and min(conv.weight.shape[:2]) >= _WIDE
 
 
 def _is_fast(x: torch.Tensor) -> bool:
@@ -115,6 +139,12 @@ def _steps(edge: int, reach: int, rate: int) -> Iterator[tuple[int, slice, slice
     for step in range(-reach, reach + 1):
         shift = step * rate
         yield step, slice(max(0, -shift), edge - max(0, shift)), slice(max(0, shift), edge + min(0, shift))
+
+
+def _winograd(x: torch.Tensor, weight: torch.Tensor, rate: int) -> torch.Tensor:
+    if rate == 1:
+        return winograd_conv(x, weight)
+    return _from_tiles(winograd_conv(_to_tiles(x, rate), weight), rate, x.shape)  # (B, O, H, W)
 
 
 class _TapByTap(torch.autograd.Function):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from hf_ctxseg import atrous_conv
-from hf_ctxseg.atrous_conv import AtrousConv2d, use_atrous_convs
+from hf_ctxseg import fast_conv
+from hf_ctxseg.fast_conv import FastConv2d, use_fast_convs
 
 FUNCTIONS = ("_TapByTap", "_RowByRow", "_InTiles")
 
@@ -24,7 +24,7 @@ def build(depthwise, size, rate, bias, channels=4):
     groups = channels if depthwise else 1
     out = channels if depthwise else 3
     pad = rate * (size // 2)
-    return AtrousConv2d(channels, out, size, padding=pad, dilation=rate, groups=groups, bias=bias).double()
+    return FastConv2d(channels, out, size, padding=pad, dilation=rate, groups=groups, bias=bias).double()
 
 
 def plain(conv, x):
@@ -42,13 +42,13 @@ def used(monkeypatch):
     """Which of the ways were taken, in order."""
     names = []
     for name in FUNCTIONS:
-        function = getattr(atrous_conv, name)
+        function = getattr(fast_conv, name)
 
         def apply(*args, _function=function, _name=name):
             names.append(_name)
             return _function.apply(*args)
 
-        monkeypatch.setattr(atrous_conv, name, type(name, (), {"apply": staticmethod(apply)}))
+        monkeypatch.setattr(fast_conv, name, type(name, (), {"apply": staticmethod(apply)}))
     return names
 
 
@@ -88,8 +88,8 @@ def test_gradcheck_and_a_clear_error_on_a_second_derivative(depthwise, size, rat
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_large_kernel_in_pieces_gives_the_same(trains, monkeypatch):
-    monkeypatch.setattr(atrous_conv, "_LARGE", 50)
-    monkeypatch.setattr(atrous_conv, "_OUTPUTS", 2)
+    monkeypatch.setattr(fast_conv, "_LARGE", 50)
+    monkeypatch.setattr(fast_conv, "_OUTPUTS", 2)
     for rate in (1, 5):
         conv = build(False, 3, rate, True).requires_grad_(trains)
         x = channels_last(torch.randn(2, 4, 6, 7, dtype=torch.float64)).requires_grad_(trains)
@@ -141,8 +141,8 @@ def test_the_plain_way_is_taken_where_the_others_do_not_apply(used):
     ]
     for conv, pixels in others:
         expected = conv(pixels)
-        use_atrous_convs(conv)
-        assert type(conv) is AtrousConv2d
+        use_fast_convs(conv)
+        assert type(conv) is FastConv2d
         assert torch.equal(conv(pixels), expected)
     conv = build(True, 3, 6, False).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -163,10 +163,10 @@ def test_outputs_and_gradients_keep_the_channels_last():
 def test_a_changed_network_keeps_names_and_can_be_copied_and_pickled():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.ModuleDict({"a": nn.Conv2d(4, 4, 1)}))
     keys = list(net.state_dict())
-    use_atrous_convs(net)
+    use_fast_convs(net)
     assert list(net.state_dict()) == keys
-    assert [type(net[0]), type(net[1]["a"])] == [AtrousConv2d, nn.Conv2d]
+    assert [type(net[0]), type(net[1]["a"])] == [FastConv2d, nn.Conv2d]
     x = channels_last(torch.randn(1, 4, 5, 5))
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert type(other[0]) is AtrousConv2d
+        assert type(other[0]) is FastConv2d
         assert torch.equal(other[0](x), net[0](x))
