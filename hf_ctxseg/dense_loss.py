@@ -8,11 +8,10 @@ the last thing a forward pass computes, and one tensor of the logits' own size i
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .plain_formulas import plain_formulas
-from .upsampling import computing_type, upsampled_blocks
+from .plain_formulas import only_once, plain_formulas
+from .upsampling import computing_type, upsample, upsampled_blocks
 
 
 class _Options(NamedTuple):
@@ -54,10 +53,11 @@ def upsampled_cross_entropy(
     if class_weights is not None:
         class_weights = class_weights.detach().to(logits.device, computing_type(logits))
     options = _Options(ignore_index, align_corners, class_weights, label_smoothing)
-    if torch.compiler.is_compiling():  # a compiler plans its own loops
+    if torch.compiler.is_compiling() or logits.is_meta:  # a compiler plans its own loops
         return _plain(logits, labels, options)
     _check_values(labels, logits.shape[1], ignore_index)
-    if plain_formulas():
+    shrinks = labels[0].numel() <= logits[0, 0].numel() if len(labels) else False  # nothing large to avoid
+    if shrinks or plain_formulas():
         return _plain(logits, labels, options)
     if torch.is_grad_enabled() and logits.requires_grad:
         loss: torch.Tensor = _UpsampledCrossEntropy.apply(logits, labels, options)
@@ -75,7 +75,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_output).to(ctx.dtype), None, None
@@ -130,10 +130,12 @@ def _block_loss(
         loss -= valid * (values * spread).sum(dim=2, keepdim=True)
     total = values.exp_().sum(dim=2, keepdim=True)
     loss += mass * total.log()
+    loss.masked_fill_(~valid, 0)  # what has no label may be anything, infinite too
     if overwrite:
         values.mul_(mass / total).scatter_add_(2, labels, -hard)
         if spread is not None:
             values.addcmul_(spread, valid.to(values.dtype), value=-1)
+        values.masked_fill_(~valid, 0)
     return loss.sum(dim=(2, 3))
 
 
@@ -146,9 +148,7 @@ def _pixel_weights(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tens
 
 def _plain(logits: torch.Tensor, labels: torch.Tensor, options: _Options) -> torch.Tensor:
     ignore_index, align_corners, class_weights, label_smoothing = options
-    upsampled = F.interpolate(
-        logits.to(computing_type(logits)), labels.shape[-2:], mode="bilinear", align_corners=align_corners
-    )  # (B, K, H, W)
+    upsampled = upsample(logits, (labels.shape[1], labels.shape[2]), align_corners)  # (B, K, H, W)
     loss = F.cross_entropy(
         upsampled, labels, class_weights, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
     )

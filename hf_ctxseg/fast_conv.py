@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .plain_formulas import plain_formulas
+from .plain_formulas import only_once, plain_formulas
 from .winograd import winograd_conv
 
 _WORTH_SKIPPING = 0.9  # share of products outside the padding below which the backward tap by tap is faster
@@ -40,7 +39,9 @@ class FastConv2d(nn.Conv2d):
         rate, size = self.dilation[0], self.kernel_size[0]
         if not self._keeps_size() or not (is_depthwise or self.groups == 1):
             return super().forward(input)
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_exporting():
+            return super().forward(input)
+        if torch.compiler.is_compiling():
             if is_depthwise and rate >= _BY_ROWS and input.device.type == "cpu":
                 return super().forward(input.contiguous()).contiguous(memory_format=torch.channels_last)
             return super().forward(input)
@@ -157,7 +158,7 @@ class _TapByTap(torch.autograd.Function):
         return _convolve(x, weight, rate)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
         centre, (rows, columns) = weight.shape[-1] // 2, _reach(x, weight, ctx.rate)
@@ -171,10 +172,16 @@ class _TapByTap(torch.autograd.Function):
                 outer = gradients[:, top, left]
                 flat = outer.reshape(-1, weight.shape[0])  # (B * rows * columns, O)
                 if to_x is not None:
-                    to_x[:, source_top, source_left] += (flat @ weight[tap]).view(*outer.shape[:3], -1)
+                    to_x[:, source_top, source_left] += _product(flat, weight[tap]).view(*outer.shape[:3], -1)
                 if to_weight is not None:
-                    to_weight[tap] = flat.t() @ cells[:, source_top, source_left].reshape(-1, weight.shape[1])
+                    inner = cells[:, source_top, source_left].reshape(-1, weight.shape[1])
+                    to_weight[tap] = _product(flat.t(), inner)
         return None if to_x is None else to_x.permute(0, 3, 1, 2), to_weight, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):  # which a backward pass may be called in
+        return left @ right
 
 
 class _RowByRow(torch.autograd.Function):
@@ -187,7 +194,7 @@ class _RowByRow(torch.autograd.Function):
         return _add_shifted_rows(x, weight, rate)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
@@ -239,7 +246,7 @@ class _InTiles(torch.autograd.Function):
         return _from_tiles(tiles, rate, x.shape)  # (B, C, H, W)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
         pad = [weight.shape[-1] // 2] * 2

@@ -25,6 +25,7 @@ _PROBE_SIZE = (64, 96)
 _TOLERANCE = 1e-6  # of the largest output, in float64
 
 
+@torch.inference_mode(False)
 def fold_batch_norm(model: Model) -> Model:
     """Give a copy for inference whose batch normalisations are part of its convolutions; the model stays as it is.
 
@@ -38,7 +39,7 @@ def fold_batch_norm(model: Model) -> Model:
         The copy, on the device and in the number format of the model. `folded_batch_norms` names what was folded.
 
     Raises:
-        ValueError: If the model is in training mode or is a folded copy.
+        ValueError: If the model is in training mode, is a folded copy, or gives NaN or infinite values.
     """
     if model.folded_batch_norms is not None:
         raise ValueError("The model is a folded copy already: fold the model that it was made from.")
@@ -48,8 +49,11 @@ def fold_batch_norm(model: Model) -> Model:
     tensors = {**dict(folded.named_parameters()), **dict(folded.named_buffers())}
     kinds = {name: tensor.dtype for name, tensor in tensors.items()}
     folded.to("cpu", torch.float64)  # rounding must not look like a wrong pair
+    expected = _run(folded)
+    if not all(bool(torch.isfinite(output).all()) for output in expected):
+        raise ValueError("The model gives values that are not finite: some of its weights are NaN or infinite.")
     pairs = _find_pairs(folded)
-    _fold(folded, pairs, _run(folded))
+    _fold(folded, pairs, expected)
     for name, tensor in (*folded.named_parameters(), *folded.named_buffers()):
         tensor.data = tensor.data.to(kinds.get(name, model.dtype))  # only a new bias has no kind of its own
     folded.to(model.device)

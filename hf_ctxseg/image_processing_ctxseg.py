@@ -11,7 +11,6 @@ import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps
-from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -24,7 +23,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from typing_extensions import Self
 
-from .upsampling import upsampled_argmax
+from .upsampling import upsample, upsampled_argmax
 
 
 class CtxSegImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -200,9 +199,7 @@ class CtxSegImageProcessor(TorchvisionBackend):
                 results.append(upsampled_argmax(scores[None], size, self.align_corners)[0])
                 continue
             if size is not None:
-                scores = F.interpolate(
-                    scores[None].float(), size=size, mode="bilinear", align_corners=self.align_corners
-                )[0]  # (K, height, width)
+                scores = upsample(scores[None].float(), size, self.align_corners)[0]  # (K, height, width)
             mask = scores.argmax(dim=0)
             if return_segmentation_scores:
                 results.append(BatchFeature({"segmentation": mask, "segmentation_scores": scores}))

@@ -212,7 +212,7 @@ class CtxSegForSemanticSegmentation(CtxSegPreTrainedModel):
             `logits` (B, num_labels, h, w); `loss`, a float32 scalar, with labels; `hidden_states` where asked.
         """
         outputs = self.model(pixel_values, output_hidden_states=True, return_dict=True)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (B, num_labels, h, w)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state)).contiguous()  # (B, num_labels, h, w)
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels)

@@ -13,12 +13,11 @@ from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from .pairwise_relu import pairwise_relu
-from .plain_formulas import plain_formulas
+from .plain_formulas import only_once, plain_formulas
 
 Mode = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -112,6 +111,13 @@ def _softmax(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, scale: flo
     one_width = queries.shape[2] == values.shape[2]
     if queries.is_cuda or torch.compiler.is_compiling() or (one_width and not few):
         # One head (B, 1, rows, channels), whose rows have to lie together in memory.
+        if not one_width and torch.compiler.is_compiling() and not queries.is_cuda:
+            # The kernel for CPUs takes one width only: zeros change neither products nor sums.
+            width = max(queries.shape[2], values.shape[2])
+            padded = (F.pad(rows, (0, width - rows.shape[2])) for rows in (queries, keys, values))
+            query, key, value = (rows.contiguous().unsqueeze(1) for rows in padded)
+            y = F.scaled_dot_product_attention(query, key, value, scale=scale)
+            return y.squeeze(1)[:, :, : values.shape[2]]  # (B, Q, G)
         query, key, value = (rows.contiguous().unsqueeze(1) for rows in (queries, keys, values))
         if _has_kernel(query, key, value, scale):
             return F.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1)  # (B, Q, G)
@@ -151,7 +157,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         return y  # (B, Q, G)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         queries, keys, values, y, highest, totals = ctx.saved_tensors
         d_queries, d_keys, d_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from .plain_formulas import only_once
 
 _ROWS = 16  # in a block of rows; the best of 16, 32 and 64
 _CHANNELS = 64  # taken at a time: memory stays a few times rows * _CHANNELS
@@ -47,7 +48,7 @@ class _PairwiseReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         a, b, g = ctx.saved_tensors
         near_a, near_b = _centred(a, b)
@@ -124,7 +125,8 @@ class _RunningSums:
 
 
 def _centred(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # The same sums a_i + b_j, but a common offset does not swallow the digits of b.
+    # The same relu(a_i + b_j), but neither a common offset nor what no partner reaches swallows the digits of b.
+    b = torch.maximum(b, -a.amax(dim=-1, keepdim=True))
     mean = b.mean(dim=-1, keepdim=True)
     return a + mean, b - mean
 

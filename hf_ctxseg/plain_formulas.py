@@ -5,6 +5,9 @@ torch's own, and maps keep the memory format they come in. Results differ by rou
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 
@@ -12,3 +15,21 @@ import torch
 def plain_formulas() -> bool:
     """Whether the environment asks for the plain formulas; compiled models keep the form they were compiled with."""
     return not torch.compiler.is_compiling() and os.environ.get("CTXSEG_PLAIN", "0") not in ("", "0")
+
+
+def only_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse to record a backward pass for a second derivative, whose terms would be lost without a word.
+
+    torch's `once_differentiable` notices it only where the incoming gradient has a history; that of a loss has none.
+    """
+
+    @wraps(backward)
+    def guarded(ctx: Any, *gradients: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # so in a backward pass under create_graph=True alone
+            raise RuntimeError(
+                "This fast form has no second derivative: set CTXSEG_PLAIN=1 in the environment, which computes the "
+                "formulas as written, or leave out create_graph=True."
+            )
+        return backward(ctx, *gradients)
+
+    return guarded

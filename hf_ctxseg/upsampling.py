@@ -44,10 +44,10 @@ def upsampled_argmax(
     Returns:
         Class indices (B, H, W), int64, the first of equal ones; with scores also their probabilities (B, H, W).
     """
-    if torch.compiler.is_compiling() or plain_formulas():  # a compiler plans its own loops
-        upsampled = F.interpolate(
-            logits.detach().to(computing_type(logits)), size, mode="bilinear", align_corners=align_corners
-        )
+    shrinks = size[0] * size[1] <= logits.shape[2] * logits.shape[3]  # nothing large to avoid
+    # A compiler plans its own loops.
+    if shrinks or torch.compiler.is_compiling() or plain_formulas():
+        upsampled = upsample(logits.detach(), size, align_corners)
         scores, classes = upsampled.softmax(dim=1).max(dim=1)
         return (classes, scores) if return_scores else upsampled.argmax(dim=1)
     with torch.no_grad():
@@ -108,6 +108,15 @@ def upsampled_blocks(
             target[near] = _product(pending, column_weights)
 
 
+def upsample(maps: torch.Tensor, size: tuple[int, int], align_corners: bool = False) -> torch.Tensor:
+    """Resize maps (B, K, h, w) to (B, K, H, W) whole, in float32 or float64; minus infinity counts as -1e30.
+
+    Minus infinity, of a class that is left out, times a weight of 0 would be no number.
+    """
+    maps = maps.to(computing_type(maps)).clamp(min=-1e30)
+    return F.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
+
+
 def computing_type(maps: torch.Tensor) -> torch.dtype:
     """Type in which maps are upsampled and summed: float64 for float64, float32 for all others."""
     return torch.float64 if maps.dtype == torch.float64 else torch.float32
@@ -152,9 +161,8 @@ def _with_rows(wide: torch.Tensor, rows: torch.Tensor, width: int, align_corners
     """Append rows (n, pictures, K, w), widened, to wide ones (m, pictures, K, width)."""
     if not len(rows):
         return wide
-    # Minus infinity, of a class that is left out, times a weight of 0 would be no number.
-    lines = rows.to(computing_type(rows)).clamp(min=-1e30).reshape(1, -1, 1, rows.shape[-1])
-    added = F.interpolate(lines, (1, width), mode="bilinear", align_corners=align_corners)
+    lines = rows.reshape(1, -1, 1, rows.shape[-1])
+    added = upsample(lines, (1, width), align_corners)
     added = added.view(*rows.shape[:-1], width)
     return torch.cat([wide, added]) if len(wide) else added
 

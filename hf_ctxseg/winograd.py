@@ -9,7 +9,8 @@ its rounding error in float32 is no larger than that of the library's sum of 9 t
 import torch
 from torch.nn import functional as F
 
-_BLOCK = 1 << 22  # values of transformed cells held at a time
+_HELD, _HELD_VALUES = 128, 1 << 20  # blocks whose transformed cells are held at a time: at least, and by values
+_LARGE = 1 << 22  # values of transformed kernels that are split where this saves memory
 # The transform of a kernel, (16, 9): the Kronecker square of the one along an edge.
 _EDGE = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
 
@@ -24,25 +25,36 @@ def winograd_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, O, H, W), channels last in memory.
     """
-    kernels = _transformed(weight)  # (16, I, O)
     count, channels, height, width = x.shape
     outputs = weight.shape[0]
-    down, across = -(-height // 2), -(-width // 2)  # blocks
+    down, across = -(-height // 2), -(-width // 2)  # blocks of outputs
+    # Transformed kernels, where they are larger than all products, are made for some channels at a time.
+    size = 16 * channels * outputs
+    in_pieces = size > _LARGE and 32 * count * down * across * outputs <= size
+    pieces = torch.arange(channels).tensor_split(min(channels, -(-size // _LARGE)) if in_pieces else 1)
+    at_once = max(_HELD, _HELD_VALUES // (16 * len(pieces[0])))
+    maps, rows = max(1, at_once // (down * across)), min(down, max(1, at_once // across))
+    parts = [(first, top) for first in range(0, count, maps) for top in range(0, down, rows)]
     cells = x.permute(0, 2, 3, 1)  # (B, H, W, I)
     result = x.new_empty(count, height, width, outputs)
-    held = max(1, _BLOCK // (16 * channels))  # blocks at a time
-    maps, rows = max(1, held // (down * across)), min(down, max(1, held // across))
-    for first in range(0, count, maps):
-        for top in range(0, down, rows):
+    products: dict[tuple[int, int], torch.Tensor] = {}
+    for number, piece in enumerate(pieces, start=1):
+        chosen = slice(int(piece[0]), int(piece[-1]) + 1)
+        kernels = _transformed(weight[:, chosen])  # (16, i, O)
+        for first, top in parts:
             bottom = min(top + rows, down)
             # One cell more on each side, and what lacks to an even edge.
             above, below = int(top == 0), max(0, 2 * bottom + 1 - height)
-            part = cells[first : first + maps, 2 * top - 1 + above : 2 * bottom + 1]
-            part = F.pad(part, (0, 0, 1, 2 * across + 1 - width, above, below))  # (b, 2 rows + 2, 2 across + 2, I)
-            sums = _sums(part, bottom - top, across) @ kernels  # (16, b * rows * across, O)
-            sums = sums.view(4, 4, len(part), bottom - top, across, outputs)
-            place = result[first : first + maps, 2 * top : 2 * bottom]
-            _write(sums, place)
+            part = cells[first : first + maps, 2 * top - 1 + above : 2 * bottom + 1, :, chosen]
+            part = F.pad(part, (0, 0, 1, 2 * across + 1 - width, above, below))  # (b, 2 rows + 2, 2 across + 2, i)
+            points = _points(part, bottom - top, across)  # (16, b * rows * across, i)
+            earlier = products.pop((first, top), None)
+            product = points @ kernels if earlier is None else earlier.baddbmm_(points, kernels)
+            if number < len(pieces):
+                products[first, top] = product
+            else:
+                product = product.view(4, 4, len(part), bottom - top, across, outputs)
+                _write(product, result[first : first + maps, 2 * top : 2 * bottom])
     return result.permute(0, 3, 1, 2)  # (B, O, H, W)
 
 
@@ -56,7 +68,7 @@ def _transformed(weight: torch.Tensor) -> torch.Tensor:
     return (square @ weight.reshape(-1, 9).t()).view(16, outputs, channels).transpose(1, 2)
 
 
-def _sums(part: torch.Tensor, rows: int, across: int) -> torch.Tensor:
+def _points(part: torch.Tensor, rows: int, across: int) -> torch.Tensor:
     """Transformed cells (16, b * rows * across, I) of a padded part (b, 2 rows + 2, 2 across + 2, I)."""
     lines = [part[:, row : row + 2 * rows - 1 : 2] for row in range(4)]
     lines = [lines[0] - lines[2], lines[1] + lines[2], lines[2] - lines[1], lines[1] - lines[3]]
@@ -70,10 +82,10 @@ def _sums(part: torch.Tensor, rows: int, across: int) -> torch.Tensor:
     return values.view(16, -1, part.shape[3])
 
 
-def _write(sums: torch.Tensor, place: torch.Tensor) -> None:
-    """Write the outputs (b, h, w, O) of sums (4, 4, b, rows, across, O); an odd edge takes half of the last block."""
-    upper = (sums[0] + sums[1]).add_(sums[2])  # (4, b, rows, across, O)
-    lower = (sums[1] - sums[2]).sub_(sums[3])
+def _write(product: torch.Tensor, place: torch.Tensor) -> None:
+    """Write the outputs (b, h, w, O) of a product (4, 4, b, rows, across, O); odd edges halve the last blocks."""
+    upper = (product[0] + product[1]).add_(product[2])  # (4, b, rows, across, O)
+    lower = (product[1] - product[2]).sub_(product[3])
     for row, line in enumerate((upper, lower)):
         left = (line[0] + line[1]).add_(line[2])  # (b, rows, across, O)
         right = (line[1] - line[2]).sub_(line[3])

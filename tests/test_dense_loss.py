@@ -256,13 +256,37 @@ def test_overflow_shows():
     assert with_gradient(upsampled_cross_entropy, logits, labels)[0].isnan()
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("factor", [lambda logits: logits.sum(), lambda logits: 1])  # with a history, and without
+def test_second_derivatives_are_refused(factor):
     logits, labels = data()
-    (gradient,) = torch.autograd.grad(
-        upsampled_cross_entropy(logits.requires_grad_(), labels) * logits.sum(), logits, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    loss = upsampled_cross_entropy(logits.requires_grad_(), labels) * factor(logits)
+    with pytest.raises(RuntimeError, match="no second derivative: set CTXSEG_PLAIN=1"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_what_has_no_label_may_be_infinite():
+    logits, labels = data()
+    size = labels.shape[-2:]
+    logits = F.interpolate(logits, (size[0] // 2, size[1] // 2), mode="bilinear").requires_grad_()
+    labels[:, :4, :4] = 255
+    changed = logits.detach().clone()
+    changed[:, 1, 0, 0] = torch.inf
+    for smoothing in (0.0, 0.1):
+        (expected,) = torch.autograd.grad(upsampled_cross_entropy(logits, labels, label_smoothing=smoothing), logits)
+        changed.requires_grad_()
+        loss = upsampled_cross_entropy(changed, labels, label_smoothing=smoothing)
+        (found,) = torch.autograd.grad(loss, changed)
+        assert loss.isfinite() and found.isfinite().all()
+        torch.testing.assert_close(found[:, :, 3:, 3:], expected[:, :, 3:, 3:])
+
+
+@pytest.mark.parametrize("size", [(8, 9), (5, 20)])
+def test_labels_no_finer_than_the_logits_and_meta_ones(size):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 4, 8, 13), torch.randint(0, 4, (2, *size))
+    expected = F.cross_entropy(F.interpolate(logits, size, mode="bilinear"), labels)
+    torch.testing.assert_close(upsampled_cross_entropy(logits, labels), expected)
+    assert upsampled_cross_entropy(logits.to("meta"), labels.to("meta")).shape == ()
 
 
 @pytest.mark.parametrize("arguments", [(), (torch.tensor([1.0, 2.0, 0.5, 0.0]), 0.1)])

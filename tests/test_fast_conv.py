@@ -81,9 +81,35 @@ def test_gradcheck_and_a_clear_error_on_a_second_derivative(depthwise, size, rat
     x = channels_last(torch.randn(1, 4, 5, 7, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, *_: conv(x), (x, *conv.parameters()))
     assert set(used) == {way}
-    (first,) = torch.autograd.grad(conv(x).sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    for total in (conv(x).sin().sum(), conv(x).sum()):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(total, x, create_graph=True)
+
+
+def test_a_backward_within_autocast_keeps_float32():
+    torch.manual_seed(0)
+    conv = build(False, 3, 5, False).float()
+    x = channels_last(torch.randn(1, 4, 9, 11)).requires_grad_()
+    output, expected = conv(x), gradients(plain(conv, x), [x, conv.weight])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(output, [x, conv.weight])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_with_the_channels_last_takes_other_sizes():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([FastConv2d(4, 4, 3, padding=5, dilation=5), build(True, 3, 6, True).float()])
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    net = Net().eval()
+    sizes = {"x": {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
+    program = torch.export.export(net, (channels_last(torch.randn(1, 4, 16, 24)),), dynamic_shapes=sizes)
+    x = torch.randn(1, 4, 31, 19)
+    torch.testing.assert_close(program.module()(x), net(x))
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -47,6 +47,16 @@ def build(family, **fields):
     return shake(DeepLabV3ForSemanticSegmentation(config))
 
 
+def test_within_inference_mode_and_without_values_that_are_not_finite():
+    model = build("test_resnet")
+    with torch.inference_mode():
+        folded = fold_batch_norm(model)
+    assert difference(folded, model) <= 1e-5
+    model.classifier.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        fold_batch_norm(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folded_copy_gives_the_same_and_the_model_stays(family):
     model = build(family, use_auxiliary_head=True)

@@ -21,7 +21,7 @@ MODEL_FILES = {
     "fast_conv": {"plain_formulas", "winograd"},
     "memory_format": {"plain_formulas"},
     "layers": {"fast_conv"},
-    "pairwise_relu": set(),
+    "pairwise_relu": {"plain_formulas"},
     "nonlocal_ops": {"pairwise_relu", "plain_formulas"},
     "upsampling": {"plain_formulas"},
     "image_processing_ctxseg": {"upsampling"},

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_ctxseg import NonLocal1d, NonLocal2d, NonLocal3d
-from hf_ctxseg.nonlocal_ops import MODES
+from hf_ctxseg.nonlocal_ops import MODES, nonlocal_attention
 
 SHAPES = {NonLocal1d: (2, 4, 5), NonLocal2d: (2, 4, 3, 4), NonLocal3d: (2, 4, 2, 3, 2)}
 MATRIX = list(itertools.product(SHAPES, MODES, (False, True), (None, "batch")))
@@ -278,6 +279,16 @@ def test_one_value_per_channel_trains_in_a_picture():
     before = block.norm.running_mean.clone()
     block(torch.randn(1, 4, 1, 1)).sum().backward()
     assert torch.equal(block.norm.running_mean, before)
+
+
+@pytest.mark.parametrize("widths", [(6, 3), (3, 6)])
+def test_compiled_softmax_of_two_widths_never_takes_the_math_kernel(widths):
+    # As in gaussian mode, whose queries are wider than its values.
+    theta, phi, g = (torch.randn(1, 40, width) for width in (widths[0], widths[0], widths[1]))
+    torch.compiler.reset()
+    compiled = torch.compile(nonlocal_attention, fullgraph=True, backend="eager")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # refuses what this kernel does not take
+        torch.testing.assert_close(compiled(theta, phi, g, "gaussian"), nonlocal_attention(theta, phi, g, "gaussian"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensor_recorder import TensorRecorder
 from torch.nn import functional as F
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from hf_ctxseg import upsampled_argmax, upsampling
+from hf_ctxseg import CtxSegImageProcessor, upsampled_argmax, upsampling
 from hf_ctxseg.upsampling import upsampled_blocks
 
 EDGES = st.integers(1, 12)
@@ -82,13 +83,20 @@ def test_of_equal_classes_it_is_the_first():
     torch.testing.assert_close(scores, plain(logits, (24, 32)).softmax(1).amax(1))
 
 
-def test_a_class_can_be_left_out_with_minus_infinity():
+@pytest.mark.parametrize("way", ["blocks", "plain", "compiled"])
+def test_a_class_can_be_left_out_with_minus_infinity(way, monkeypatch):
     logits = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     logits[:, 1] = -torch.inf
-    classes, scores = upsampled_argmax(logits, (40, 48), return_scores=True)
+    monkeypatch.setenv("CTXSEG_PLAIN", "1" if way == "plain" else "0")
+    torch.compiler.reset()
+    argmax = torch.compile(upsampled_argmax, backend="eager") if way == "compiled" else upsampled_argmax
+    classes, scores = argmax(logits, (40, 48), return_scores=True)
     kept = plain(logits[:, [0, 2, 3]], (40, 48))
     assert torch.equal(classes, torch.tensor([0, 2, 3])[kept.argmax(1)])
     torch.testing.assert_close(scores, kept.softmax(1).amax(1))
+    outputs = SemanticSegmenterOutput(logits=logits)
+    processed = CtxSegImageProcessor().post_process_semantic_segmentation(outputs, [(40, 48)], True)[0]
+    assert torch.equal(processed["segmentation"], classes[0])
 
 
 def test_what_is_not_a_number_gives_a_class_all_the_same():

@@ -21,15 +21,18 @@ def channels_last(x):
     st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 12), st.integers(1, 12)),
     st.integers(1, 5),
     st.sampled_from([1, 200, 1 << 22]),
+    st.sampled_from([16, 100, 1 << 22]),
     st.booleans(),
 )
-def test_equals_the_plain_convolution(shape, outputs, block, turned):
+def test_equals_the_plain_convolution(shape, outputs, block, large, turned):
     torch.manual_seed(sum(shape))
     x = channels_last(torch.randn(shape, dtype=torch.float64))
     weight = torch.randn(outputs, shape[1], 3, 3, dtype=torch.float64)
     before = (x.clone(), weight.clone())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "_BLOCK", block)
+        patch.setattr(winograd, "_HELD", 1)
+        patch.setattr(winograd, "_HELD_VALUES", block)
+        patch.setattr(winograd, "_LARGE", large)
         found = winograd_conv(x, channels_last(weight) if turned else weight)
     torch.testing.assert_close(found, F.conv2d(x, weight, padding=1), rtol=1e-10, atol=1e-12)
     assert found.permute(0, 2, 3, 1).is_contiguous()

@@ -195,6 +195,10 @@ def _compiled_case(name: str, library: str) -> Case:
     sides = (
         Side("ours, folded and compiled", partial(make, "compiled"), peak=False),
         Side(library, partial(make, "shipped"), peak=False),
+        *(
+            Side(f"{library}, {form}", partial(make, form), shipped=False, peak=False)
+            for form in ("shipped, compiled", "channels last, compiled")
+        ),
     )
     target = Target(f"{name}, 512×512, inference, torch.compile", 1.3)
     return Case(f"{name} compiled", f"{name}, compiled", 512 * 512, sides, target)
@@ -227,11 +231,12 @@ def _make_inference(name: str, classes: int, size: Size, form: str, device: torc
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     peer = PEERS[name]
     model = _with_statistics(peer.make(classes, False)).eval()
-    if form == "shipped":
-        return _step(partial(peer.logits, model.to(device), x))
-    if form == "channels last":
-        model = model.to(device).to(memory_format=torch.channels_last)
-        return _step(partial(peer.logits, model, x.contiguous(memory_format=torch.channels_last)))
+    if form.startswith(("shipped", "channels last")):
+        model = model.to(device)
+        if form.startswith("channels last"):
+            model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        logits = partial(peer.logits, model)
+        return _step(partial(torch.compile(logits) if form.endswith("compiled") else logits, x))
     own = _converted(peer.convert(model)).to(device)
     if form != "ours":
         own = fold_batch_norm(own)

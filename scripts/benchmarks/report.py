@@ -139,7 +139,7 @@ def _described(about: dict[str, Any]) -> list[str]:
         f"- Versions: {versions}.",
         f"- Allocator settings: {about['allocator']}; OpenMP: {about['openmp'] or 'as shipped'}.",
         "- float32. Ways take turns in one process, medians of the wall time of 3 to 25 rounds; memory is the peak of "
-        "a fresh process each, for models with their weights, for operators without their inputs.",
+        "a fresh process each, for training with the weights, for inference and operators without weights and inputs.",
         "- Models: the peer's random weights, converted; logits at the size of the picture; ours as they come, and "
         "where named with batch normalisation folded or compiled. Peers as shipped; their best memory format is the "
         "better of that and channels_last. Dropout is off in training steps, so that the losses can be compared.",
