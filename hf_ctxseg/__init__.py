@@ -30,6 +30,16 @@ from .registry import MODELS, register
 from .upsampling import upsampled_argmax
 
 if TYPE_CHECKING:
+    from .conversion import Conversion
+    from .conversion_back import to_mmseg, to_smp, to_torchvision
+    from .conversion_caffe import from_caffe_deeplabv2
+    from .conversion_layers import aspp_from_state_dict, nonlocal_from_state_dict
+    from .conversion_mmseg import from_mmseg
+    from .conversion_smp import from_smp
+    from .conversion_tf import from_tf_checkpoint
+    from .conversion_tflite import from_tflite
+    from .conversion_torchvision import from_torchvision
+    from .converting import convert, convert_back
     from .evaluation import evaluate
     from .inference import Prediction, attention_map, predict
     from .metrics import MeanIoU
@@ -44,12 +54,26 @@ register(DeepLabV3PlusConfig, DeepLabV3PlusModel, DeepLabV3PlusForSemanticSegmen
 register(NonLocalConfig, NonLocalModel, NonLocalForSemanticSegmentation)
 
 _LAZY = {
+    "Conversion": "conversion",
     "MeanIoU": "metrics",
     "Prediction": "inference",
+    "aspp_from_state_dict": "conversion_layers",
     "attention_map": "inference",
+    "convert": "converting",
+    "convert_back": "converting",
     "evaluate": "evaluation",
+    "from_caffe_deeplabv2": "conversion_caffe",
+    "from_mmseg": "conversion_mmseg",
+    "from_smp": "conversion_smp",
+    "from_tf_checkpoint": "conversion_tf",
+    "from_tflite": "conversion_tflite",
+    "from_torchvision": "conversion_torchvision",
+    "nonlocal_from_state_dict": "conversion_layers",
     "predict": "inference",
     "push": "publishing",
+    "to_mmseg": "conversion_back",
+    "to_smp": "conversion_back",
+    "to_torchvision": "conversion_back",
     "train": "training",
 }
 
@@ -67,6 +91,7 @@ __all__ = [
     "ASPP",
     "MODELS",
     "BackboneInfo",
+    "Conversion",
     "CtxSegConfig",
     "CtxSegForSemanticSegmentation",
     "CtxSegImageProcessor",
@@ -89,15 +114,28 @@ __all__ = [
     "NonLocalModel",
     "Prediction",
     "Preset",
+    "aspp_from_state_dict",
     "attention_map",
+    "convert",
+    "convert_back",
     "evaluate",
     "fold_batch_norm",
+    "from_caffe_deeplabv2",
+    "from_mmseg",
+    "from_smp",
+    "from_tf_checkpoint",
+    "from_tflite",
+    "from_torchvision",
     "list_backbones",
     "list_models",
+    "nonlocal_from_state_dict",
     "predict",
     "preset",
     "push",
     "register",
+    "to_mmseg",
+    "to_smp",
+    "to_torchvision",
     "train",
     "upsampled_argmax",
     "upsampled_cross_entropy",

@@ -15,14 +15,19 @@ from torch import nn
 from transformers import TimmBackbone, TimmBackboneConfig
 from transformers import initialization as init
 
-from .backbone_edit import NONLOCAL_NAME, dilate_first_blocks, insert_nonlocal_blocks, set_multi_grid
+from .backbone_edit import NONLOCAL_NAME, dilate_first_blocks, insert_nonlocal_blocks, set_multi_grid, set_rates
 from .backbone_probe import FeatureLevels, build_without_memory, probe, run_padded, to_channels_first
 from .configuration_ctxseg import CtxSegConfig
 from .fast_conv import use_fast_convs
 from .layers import BatchNorm2d, BatchNormAct2d
 from .nonlocal_block import NonLocal2d
+from .peer_backbones import PEER_BACKBONES
+from .tf_mobilenet import TF_MOBILENET
+from .tf_xception import XCEPTIONS
 
 DILATABLE = ("resnet50", "mobilenetv2_100", "tf_efficientnet_lite0", "convnext_tiny", "regnety_016", "xception65")
+# Networks of the package, which timm knows once this module is imported.
+OWN_BACKBONES = (*PEER_BACKBONES, TF_MOBILENET, *XCEPTIONS)
 
 
 _ONE_VALUE: dict[type[nn.Module], type[nn.Module]] = {
@@ -78,7 +83,8 @@ class DilatedBackbone(TimmBackbone):
 
     def _edit(self, config: CtxSegConfig, plan: FeatureLevels) -> None:
         """Make the changes that timm's own arguments cannot express."""
-        if not (config.dilate_first_block or config.multi_grid or config.backbone_nonlocal_stages):
+        asked = (config.dilate_first_block, config.multi_grid, config.backbone_rates, config.backbone_nonlocal_stages)
+        if not any(asked):
             return
         native = probe(config.backbone, None, config.num_channels, config.backbone_kwargs).reductions
         build = partial(build_without_memory, config.backbone, in_chans=config.num_channels, **self.arguments)
@@ -89,6 +95,7 @@ class DilatedBackbone(TimmBackbone):
                 dilate_first_blocks(self._backbone, build(), dilated)
             if config.multi_grid is not None:
                 set_multi_grid(self._backbone, build(), plan.modules[-1], config.multi_grid, rates[-1])
+            set_rates(self._backbone, config.backbone_rates or {})
             for stage in config.backbone_nonlocal_stages or ():
                 if stage not in native:
                     raise ValueError(f"backbone_nonlocal_stages names {stage}, but there is no such stage")

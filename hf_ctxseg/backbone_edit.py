@@ -62,6 +62,28 @@ def set_multi_grid(net: nn.Module, native: nn.Module, stage: str, multi_grid: Se
                 _set_rate(module, undilated[key].dilation[0] * rate * factor)
 
 
+def set_rates(net: nn.Module, rates: Mapping[str, int]) -> None:
+    """Set the rates of single convolutions.
+
+    Args:
+        net: The network.
+        rates: The rate of each, by timm's name of the convolution.
+
+    Raises:
+        ValueError: If the network has no such spatial convolution, or one with a stride.
+    """
+    modules = dict(net.named_modules())
+    for name, rate in rates.items():
+        module = modules.get(name)
+        if module is None or not _is_spatial(module) or module.stride != (1, 1):
+            spatial = [key for key, part in modules.items() if _is_spatial(part) and part.stride == (1, 1)]
+            raise ValueError(
+                f"backbone_rates names {name!r}, which is no convolution larger than 1×1 without stride, as "
+                f"{', '.join(spatial[-3:])} are"
+            )
+        _set_rate(module, rate)
+
+
 def insert_nonlocal_blocks(net: nn.Module, stage: str, build: Callable[..., nn.Module]) -> None:
     """Put a non-local block after every second residual block of a stage.
 

@@ -18,6 +18,7 @@ VERBS = {
     "train": "fine-tune a model on a folder of images and masks",
     "eval": "score a model on labelled pictures",
     "predict": "segment pictures: masks and overlays",
+    "convert": "open a checkpoint of another code base, or write one for it",
     "push": "publish a run folder on the Hub",
     "models": "list heads, presets and backbones",
     "demo": "train on generated scenes, from nothing to an overlay, in a few minutes",
@@ -49,11 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in VERBS:
         return _usage(arguments)
     _quiet()
-    run = {"train": _train, "eval": _eval, "predict": _predict, "push": _push, "models": _models, "demo": _demo}[
-        arguments[0]
-    ]
     try:
-        return run(arguments[1:])
+        return _RUN[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
         hint = " The same command with --resume continues." if arguments[0] == "train" else ""
         print(f"\nctxseg {arguments[0]}: interrupted.{hint}", file=sys.stderr)
@@ -215,6 +213,49 @@ def _pixel(text: str) -> tuple[int, int]:
     return x, y
 
 
+_CONVERT_EXAMPLES = """ctxseg convert deeplabv3_resnet50_coco.pth models/a
+       ctxseg convert model.tflite models/b --verify photo.jpg
+       ctxseg convert best.pth models/c --encoder_name resnet34 --classes sky,road,car
+       ctxseg convert models/a weights.pth --to torchvision"""
+
+
+def _convert(argv: list[str]) -> int:
+    parser = _parser("convert", _CONVERT_EXAMPLES)
+    parser.add_argument("source", help="file, folder, or prefix of a TensorFlow checkpoint; with --to, a run folder")
+    parser.add_argument("output", help="new folder; with --to, a new file: FILE.pth or FILE.safetensors")
+    parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="if the file is not recognised")
+    parser.add_argument("--to", metavar="PEER", help="the other way: torchvision, mmseg or smp")
+    parser.add_argument("--output_stride", type=int, help="what the network was built with; tensors do not tell")
+    parser.add_argument("--atrous_rates", type=int, nargs="+", metavar="RATE", help="the same, of the pyramid")
+    parser.add_argument(
+        "--image_pooling_crop_size", type=int, nargs="+", metavar="EDGE", help="TensorFlow's, in pixels"
+    )
+    parser.add_argument("--multi_grid", type=int, nargs="+", metavar="FACTOR", help="TensorFlow's, of Xception")
+    parser.add_argument("--encoder_name", help="smp's name of the encoder, for a state dict of smp")
+    parser.add_argument("--peer_config", metavar="FILE", help="mmsegmentation's config, read as text")
+    parser.add_argument("--entry", help="entry of the checkpoint that holds the state dict (ema, model, …)")
+    parser.add_argument("--classes", metavar="FILE_OR_NAMES", help="class names: one a line, or with commas")
+    parser.add_argument("--license", help="licence of the weights, for the card")
+    parser.add_argument("--verify", metavar="IMAGE", help="compare with the source's own code, if installed, on it")
+    parser.add_argument("--logits", metavar="FILE", help="compare with these logits of IMAGE (.npy) instead")
+    options = vars(parser.parse_args(argv))
+    source, output, peer = options.pop("source"), options.pop("output"), options.pop("to")
+    from .converting import convert, convert_back
+
+    if peer is not None:
+        if given := sorted(name for name, value in options.items() if value is not None):
+            parser.error(f"--to takes no --{given[0].replace('source_format', 'from')}: leave it out")
+        print(convert_back(source, output, peer))
+        return 0
+    converted = convert(source, output, **options)
+    print(f"{converted.output_dir}: {converted.conversion.config.model_type} from {converted.source_format}")
+    for note in converted.conversion.notes:
+        print(f"- {note}")
+    if converted.comparison is not None:
+        print(f"Compared {converted.comparison}".replace("Compared not compared", "Not compared"))
+    return 0
+
+
 def _push(argv: list[str]) -> int:
     parser = _parser("push", "ctxseg push runs/a my_name/my_model")
     parser.add_argument("run", help="run folder")
@@ -285,6 +326,17 @@ def _demo(argv: list[str]) -> int:
 
     run_demo(options.output_dir)
     return 0
+
+
+_RUN = {
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+    "convert": _convert,
+    "push": _push,
+    "models": _models,
+    "demo": _demo,
+}
 
 
 if __name__ == "__main__":

@@ -95,6 +95,9 @@ class CtxSegConfig(PreTrainedConfig):
             stage before.
         dilate_first_block: Give the first block of a dilated stage the stage's own rate, as torchvision's MobileNetV3
             and smp do; timm, torchvision's ResNets and mmsegmentation give it the rate of the stage before.
+        backbone_rates: Atrous rates of single convolutions of the backbone, by timm's name of the convolution; they
+            count before all other rules. {"layer4.0.conv2": 1} undoes the dilation of one, as mmsegmentation has it in
+            some networks. None: no such exceptions.
         backbone_nonlocal_stages: Native reductions of the backbone's stages in which every second block is followed by
             a non-local block; [8, 16] are res3 and res4 of arXiv 1711.07971, section 4.1. For networks of residual
             blocks with convolutions, not Xception; where timm splits a stage (EfficientNet), its last part. None: no
@@ -122,6 +125,7 @@ class CtxSegConfig(PreTrainedConfig):
     output_stride: int = 16
     multi_grid: list[int] | tuple[int, ...] | None = None
     dilate_first_block: bool = False
+    backbone_rates: dict[str, int] | None = None
     backbone_nonlocal_stages: list[int] | tuple[int, ...] | None = None
     backbone_nonlocal_mode: str = "embedded_gaussian"
     hidden_size: int = 256
@@ -241,6 +245,11 @@ class CtxSegConfig(PreTrainedConfig):
         check_flags(self, "align_corners", "use_auxiliary_head", "dilate_first_block")
         if self.multi_grid is not None:
             check_whole_numbers("multi_grid", self.multi_grid, "[1, 2, 4]")
+        if self.backbone_rates is not None:
+            if not isinstance(self.backbone_rates, dict):
+                raise ValueError(f'backbone_rates is {self.backbone_rates!r}, but must be {{"name": rate}} or None.')
+            for name, rate in self.backbone_rates.items():
+                check_number(f"backbone_rates[{name!r}]", rate, 1, float("inf"), int)
         if self.backbone_nonlocal_stages is not None:
             check_whole_numbers("backbone_nonlocal_stages", self.backbone_nonlocal_stages, "[8, 16]")
             if len(set(self.backbone_nonlocal_stages)) < len(self.backbone_nonlocal_stages):

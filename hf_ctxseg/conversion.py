@@ -7,7 +7,8 @@ few.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForSemanticSegmentation
@@ -19,6 +20,23 @@ Tensors = Mapping[str, torch.Tensor]
 
 BACKBONE = "model.backbone._backbone"
 HEAD = "model.decode_head"
+
+
+@dataclass
+class Conversion:
+    """What a converter makes of a checkpoint.
+
+    Args:
+        config: Configuration of ours; labels are in its `id2label` where the checkpoint names them.
+        tensors: State dict in our names.
+        preprocessing: Fields of `CtxSegImageProcessor` that the network was trained with, as far as known.
+        notes: Sentences for the model card: what was carried over, what the checkpoint does not tell.
+    """
+
+    config: CtxSegConfig
+    tensors: dict[str, torch.Tensor]
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def rename(tensors: Tensors, modules: Mapping[str, str], source: str) -> dict[str, torch.Tensor]:
@@ -52,14 +70,16 @@ def checked(config: ConfigT, tensors: Tensors, source: str) -> tuple[ConfigT, di
 
     Args:
         config: A configuration of ours.
-        tensors: A state dict in our names.
+        tensors: A state dict in our names; counters of batches that old files lack are added, as torch does.
         source: What the tensors were, for the message.
 
     Raises:
-        ValueError: If tensors are missing, are too many or have another shape, with the list.
+        ValueError: If tensors are missing, are too many, have another shape or are not finite, with the list.
     """
     with torch.device("meta"):
         expected = AutoModelForSemanticSegmentation.from_config(config).state_dict()
+    counters = (key for key in expected if key.endswith(".num_batches_tracked"))
+    tensors = {key: torch.tensor(0) for key in counters} | dict(tensors)
     findings = []
     if missing := [key for key in expected if key not in tensors]:
         findings.append(f"lacks {_listed(missing)}")
@@ -71,12 +91,18 @@ def checked(config: ConfigT, tensors: Tensors, source: str) -> tuple[ConfigT, di
         if key in tensors and tensors[key].shape != value.shape
     ]:
         findings.append(f"has other shapes: {_listed(wrong)}")
+    if broken := [
+        key
+        for key, value in tensors.items()
+        if not value.is_meta and value.is_floating_point() and not value.isfinite().all()
+    ]:
+        findings.append(f"has values that are not finite in {_listed(broken)}")
     if findings:
         raise ValueError(
             f"{source} does not fit a {config.model_type} model with the backbone {config.backbone!r}: it "
             f"{'; it '.join(findings)} (in our names). Check what was given beside the weights."
         )
-    return config, dict(tensors)
+    return config, tensors
 
 
 def require(tensors: Tensors, key: str, source: str) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Their mathematics differ from the papers': corners are aligned, a further convolution follows the ASPP, the separable
 convolutions have nothing between depthwise and pointwise, the decoder has one convolution instead of two, and the
 rates of DeepLabv3+ at output stride 16 are twice the paper's. smp's own encoders give every block of a dilated stage
-the stage's rate; its `tu-` encoders are timm's networks as they are.
+the stage's rate; its `tu-` encoders are timm's networks as they are. Its MobileNetV2 ends with a 1×1 convolution to
+1280 channels, which timm's maps lack.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ _RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_32x16d"),
 )
+_MOBILENET = "mobilenet_v2"
+_MOBILENET_STAGES = (1, 2, 3, 4, 3, 3, 1)  # blocks of each of timm's stages
 
 
 def from_smp(
@@ -44,7 +47,7 @@ def from_smp(
     in_channels: int = 3,
     encoder_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[DeepLabV3Config, dict[str, torch.Tensor]]:
-    """Convert `DeepLabV3` or `DeepLabV3Plus` with a ResNet, ResNeXt or `tu-` encoder of full depth.
+    """Convert `DeepLabV3` or `DeepLabV3Plus` with a ResNet, ResNeXt, `mobilenet_v2` or `tu-` encoder of full depth.
 
     The arguments bear the names of smp's. Its models refuse pictures whose sides are not multiples of the output
     stride; ours take them.
@@ -61,6 +64,7 @@ def from_smp(
     Raises:
         ValueError: If the encoder has no equal in timm, or the tensors are not those of such a network, with the list.
     """
+    state_dict = _present_names(state_dict)
     plus = "decoder.block1.0.weight" in state_dict
     aspp = "decoder.aspp.0" if plus else "decoder.aspp"
     projection = require(state_dict, f"{aspp}.project.0.weight", _NAME)
@@ -82,25 +86,68 @@ def from_smp(
         "num_labels": require(state_dict, "segmentation_head.0.weight", _NAME).shape[0],
         "align_corners": True,
     }
-    modules = {"encoder.model" if encoder_name.startswith("tu-") else "encoder": BACKBONE}
-    modules |= aspp_modules(aspp, f"{HEAD}.aspp", len(rates), separable)
-    modules["segmentation_head.0"] = "classifier"
     config: DeepLabV3Config
     if plus:
         low_level_channels = state_dict["decoder.block1.0.weight"].shape[0]
         config = DeepLabV3PlusConfig(variant="smp", low_level_channels=low_level_channels, **fields)
-        modules |= _decoder_modules()
     else:
         config = DeepLabV3Config(variant="torchvision", **fields)
-        modules |= {"decoder.conv": f"{HEAD}.refinement.conv", "decoder.bn": f"{HEAD}.refinement.norm"}
-    return checked(config, rename(state_dict, modules, _NAME), _NAME)
+    return checked(config, rename(state_dict, smp_modules(config, encoder_name), _NAME), _NAME)
+
+
+def smp_modules(config: DeepLabV3Config, encoder_name: str) -> dict[str, str]:
+    """Give our name of each of smp's modules, for a configuration of ours and smp's name of the encoder."""
+    plus = isinstance(config, DeepLabV3PlusConfig)
+    modules = {"encoder.model" if encoder_name.startswith("tu-") else "encoder": BACKBONE}
+    if encoder_name == _MOBILENET:
+        modules = _mobilenet_modules()
+    aspp = "decoder.aspp.0" if plus else "decoder.aspp"
+    modules |= aspp_modules(aspp, f"{HEAD}.aspp", len(config.atrous_rates), separable=plus)
+    modules["segmentation_head.0"] = "classifier"
+    if plus:
+        return modules | _decoder_modules()
+    return modules | {"decoder.conv": f"{HEAD}.refinement.conv", "decoder.bn": f"{HEAD}.refinement.norm"}
+
+
+def encoder_name_of(config: DeepLabV3Config) -> str:
+    """Give smp's name of the encoder that is a configuration's backbone."""
+    own = {**{name: name for name in _RESNETS}, "mobilenetv2_100_smp": _MOBILENET}
+    name = config.backbone.partition(".")[0]
+    return own[name] if config.dilate_first_block and name in own else f"tu-{config.backbone}"
+
+
+def _present_names(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Name the layers of DeepLabV3's decoder, which older releases counted, as the present one does."""
+    counted = {"decoder.0": "decoder.aspp", "decoder.1": "decoder.conv", "decoder.2": "decoder.bn"}
+    present = {}
+    for key, value in tensors.items():
+        layer = ".".join(key.split(".")[:2])
+        present[counted.get(layer, layer) + key.removeprefix(layer)] = value
+    return present
 
 
 def _encoder_fields(name: str, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     if name.startswith("tu-"):
         return {"backbone": name.removeprefix("tu-"), "backbone_kwargs": dict(kwargs) if kwargs else None}
-    check_choice("encoder_name (other than tu-NAME)", name, _RESNETS)
-    return {"backbone": name, "dilate_first_block": True}
+    check_choice("encoder_name (other than tu-NAME)", name, (*_RESNETS, _MOBILENET))
+    return {"backbone": "mobilenetv2_100_smp" if name == _MOBILENET else name, "dilate_first_block": True}
+
+
+def _mobilenet_modules() -> dict[str, str]:
+    """Our names of the layers of torchvision's MobileNetV2, whose blocks are counted through."""
+    modules = {"encoder.features.0.0": f"{BACKBONE}.conv_stem", "encoder.features.0.1": f"{BACKBONE}.bn1"}
+    places = [(stage, block) for stage, depth in enumerate(_MOBILENET_STAGES) for block in range(depth)]
+    for number, (stage, block) in enumerate(places, start=1):
+        theirs, ours = f"encoder.features.{number}.conv", f"{BACKBONE}.blocks.{stage}.{block}"
+        *inner, last = ("conv_dw", "conv_pw") if number == 1 else ("conv_pw", "conv_dw", "conv_pwl")
+        for place, layer in enumerate(inner):
+            modules |= {f"{theirs}.{place}.0": f"{ours}.{layer}", f"{theirs}.{place}.1": f"{ours}.bn{place + 1}"}
+        modules |= {
+            f"{theirs}.{len(inner)}": f"{ours}.{last}",
+            f"{theirs}.{len(inner) + 1}": f"{ours}.bn{len(inner) + 1}",
+        }
+    end = f"{BACKBONE}.blocks.7.0"
+    return modules | {"encoder.features.18.0": f"{end}.conv", "encoder.features.18.1": f"{end}.bn1"}
 
 
 def _decoder_modules() -> dict[str, str]:

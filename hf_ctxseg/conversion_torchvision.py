@@ -20,6 +20,7 @@ _NAME = "torchvision's DeepLabv3"
 _RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
 # timm's stages of MobileNetV3-Large: inverted residual blocks of each; torchvision counts them through from 1.
 _MOBILENET_STAGES = (1, 2, 3, 4, 2, 3)
+_SQUEEZED_STAGES = (2, 4, 5)  # those with squeeze-and-excitation
 
 
 def from_torchvision(
@@ -41,7 +42,6 @@ def from_torchvision(
     rates = check_rates(atrous_rates, require(state_dict, "classifier.0.project.0.weight", _NAME), _NAME)
     tensors = dict(state_dict)
     mobilenet = "backbone.16.0.weight" in tensors
-    modules = _mobilenet_modules(tensors) if mobilenet else {"backbone": BACKBONE}
     fields: dict[str, Any] = _mobilenet_fields() if mobilenet else {"backbone": _resnet_name(tensors)}
     auxiliary = [key for key in tensors if key.startswith("aux_classifier.")]
     if auxiliary and mobilenet:
@@ -61,8 +61,15 @@ def from_torchvision(
         num_labels=require(tensors, "classifier.4.weight", _NAME).shape[0],
         align_corners=False,
     )
-    modules |= aspp_modules("classifier.0", f"{HEAD}.aspp", len(rates))
-    modules |= {
+    return checked(config, rename(tensors, torchvision_modules(config), _NAME), _NAME)
+
+
+def torchvision_modules(config: DeepLabV3Config) -> dict[str, str]:
+    """Give our name of each of torchvision's modules, for a configuration of ours."""
+    mobilenet = config.backbone.startswith("mobilenetv3")
+    modules = _mobilenet_modules() if mobilenet else {"backbone": BACKBONE}
+    modules |= aspp_modules("classifier.0", f"{HEAD}.aspp", len(config.atrous_rates))
+    return modules | {
         "classifier.1": f"{HEAD}.refinement.conv",
         "classifier.2": f"{HEAD}.refinement.norm",
         "classifier.4": "classifier",
@@ -70,7 +77,6 @@ def from_torchvision(
         "aux_classifier.1": "auxiliary_head.conv.norm",
         "aux_classifier.4": "auxiliary_head.classifier",
     }
-    return checked(config, rename(tensors, modules, _NAME), _NAME)
 
 
 def _resnet_name(tensors: Tensors) -> str:
@@ -92,7 +98,7 @@ def _mobilenet_fields() -> dict[str, Any]:
     }
 
 
-def _mobilenet_modules(tensors: Tensors) -> dict[str, str]:
+def _mobilenet_modules() -> dict[str, str]:
     """Our names of the layers, which torchvision counts; a block may lack expansion or squeeze-and-excitation."""
     modules = {"backbone.0.0": f"{BACKBONE}.conv_stem", "backbone.0.1": f"{BACKBONE}.bn1"}
     modules |= {"backbone.16.0": f"{BACKBONE}.blocks.6.0.conv", "backbone.16.1": f"{BACKBONE}.blocks.6.0.bn1"}
@@ -101,7 +107,7 @@ def _mobilenet_modules(tensors: Tensors) -> dict[str, str]:
         theirs, ours = f"backbone.{number}.block", f"{BACKBONE}.blocks.{stage}.{block}"
         layers = ["conv_dw", "conv_pw"] if number == 1 else ["conv_pw", "conv_dw", "conv_pwl"]
         places_of_layers = list(range(len(layers)))
-        if f"{theirs}.2.fc1.weight" in tensors:
+        if stage in _SQUEEZED_STAGES:
             modules |= {f"{theirs}.2.fc1": f"{ours}.se.conv_reduce", f"{theirs}.2.fc2": f"{ours}.se.conv_expand"}
             places_of_layers[-1] += 1
         for norm, (place, layer) in enumerate(zip(places_of_layers, layers, strict=True), start=1):

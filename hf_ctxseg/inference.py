@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from .attention import attention_picture, check_has_block, heat_map
@@ -199,7 +198,7 @@ def load_run(name: str | Path) -> tuple[CtxSegForSemanticSegmentation, CtxSegIma
         raise ValueError(
             f"{name} {what} ({str(error).splitlines()[0]}): give the folder that training wrote, or org/name."
         ) from error
-    except (ValueError, RuntimeError, SafetensorError) as error:  # a foreign or torn file
+    except (ValueError, RuntimeError) as error:  # a foreign or torn file
         raise ValueError(f"{name} is no readable model: {str(error).splitlines()[0]}") from error
     if not isinstance(model, CtxSegForSemanticSegmentation):
         raise ValueError(f"{name} holds a {type(model).__name__}, which is not a model of this package.")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedConfig
 
 from .arguments import DataArguments, ModelArguments
@@ -99,7 +98,7 @@ def _from_checkpoint(
             **fields,
         )
         processor = AutoImageProcessor.from_pretrained(name, align_corners=model.config.align_corners, **given)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(
             f"{name} is no whole checkpoint ({str(error).splitlines()[0]}): give a run folder with model.safetensors "
             "and preprocessor_config.json."

@@ -79,6 +79,7 @@ def render_card(
         **_classes(metrics),
         **_training(metrics),
         **_limits_and_licence(config, metrics),
+        **_conversion(metrics),
         "preview": next((picture for picture in pictures if picture.startswith("previews/")), None),
         "per_class_picture": "per_class.png" if "per_class.png" in pictures else None,
         "curves": "curves.png" if "curves.png" in pictures else None,
@@ -170,8 +171,7 @@ def public_command(argv: Sequence[str]) -> str:
 
 
 def _public_argument(value: str) -> str:
-    exists = re.search(r"[/\\]", value) and os.path.exists(value)
-    return _base_name(value) if exists else public_text(value)
+    return _base_name(value) if re.search(r"[/\\]", value) and os.path.exists(value) else public_text(value)
 
 
 def _base_name(path: str) -> str:
@@ -188,9 +188,7 @@ def _public(value: Any, key: str) -> Any:
         return {name: _public(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_public(item, key) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: object) -> str:
@@ -256,7 +254,7 @@ def _metadata(config: dict[str, Any], metrics: dict[str, Any], name: str) -> Mod
     weights = re.match(r"timm/[\w.-]+", str(model.get("backbone_weights", "")))
     base_model = _hub_id(_section(metrics, "training").get("init_from")) or (weights[0] if weights else None)
     dataset = _hub_id(data.get("source"))
-    licence = str(data.get("license", "")).lower()
+    licence = str((_section(metrics, "conversion") or data).get("license", "")).lower()
     tags = ["ctxseg", "semantic-segmentation", _head(config, metrics), config.get("backbone")]
     result = None
     if evaluation.get("mean_iou") is not None:
@@ -358,6 +356,19 @@ def _training(metrics: dict[str, Any]) -> dict[str, Any]:
         "training": rows,
         "command": f"{fence}bash\n{command}\n{fence}" if command else None,
         "versions": versions + "." if versions else None,
+    }
+
+
+def _conversion(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Facts of a converted model; its limits and licence take the place of a trained one's."""
+    if not (facts := _section(metrics, "conversion")):
+        return {}
+    licence = facts.get("license") or "not stated; check it at their source before publishing"
+    return {
+        "conversion": [(name, _markdown(facts[name])) for name in ("source", "format", "sha256", "comparison")],
+        "conversion_notes": [_markdown(note) for note in facts.get("notes", [])],
+        "limits": ["Not evaluated here: no score is known."],
+        "data_licence": f"Licence of the converted weights: {_markdown(licence)}.",
     }
 
 

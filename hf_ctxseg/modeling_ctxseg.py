@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -23,6 +24,7 @@ from .dense_loss import upsampled_cross_entropy
 from .layers import Classifier, ConvNormAct
 from .memory_format import to_fast_format
 from .nonlocal_block import NonLocalBlock
+from .weight_files import check_weight_files, not_whole
 
 
 class ContextHead(nn.Module):
@@ -114,6 +116,40 @@ class CtxSegPreTrainedModel(PreTrainedModel):
                 "tensors are no longer those of the architecture. Save the model that it was made from."
             )
         super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Open a model as transformers does, but from whole safetensors files only, and with every weight in them.
+
+        `ctxseg convert` reads pickles. Layers that name classes and non-local blocks may be missing, others too if
+        `ignore_mismatched_sizes` is given, for training.
+
+        Raises:
+            ValueError: If weights of backbone or head are missing, or a file is torn, holds what is no weights, or is
+                an index that leads elsewhere.
+        """
+        name = pretrained_model_name_or_path
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        if name is not None:
+            check_weight_files(Path(name) / kwargs.get("subfolder", ""), kwargs.get("variant"))
+        wanted = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise not_whole(name, error) from error
+        # Non-local blocks may be added to a saved model: they start as the identity.
+        lacking = [
+            key
+            for key in info["missing_keys"]
+            if not key.startswith(("classifier.", "auxiliary_head.")) and ".nonlocal_block." not in key
+        ]
+        if lacking and not kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                f"{name} lacks {len(lacking)} tensors of backbone or head ({', '.join(sorted(lacking)[:5])}, …), "
+                "which would be random: it is no whole model (ignore_mismatched_sizes=True opens it to be trained)."
+            )
+        return (model, info) if wanted else model
 
     @classmethod
     def from_pretrained_backbone(

@@ -40,6 +40,7 @@ class DeepLabV3Config(CtxSegConfig):
             `align_corners=True`); its momentum is `norm_momentum`, its one multiplier of the rates is
             16 / `output_stride`.
             The variant of a saved model stays: another one has other weights.
+        separable: Whether the 3×3 branches are separable convolutions (arXiv 1802.02611, section 3.1).
         atrous_rates: Rates of the 3×3 branches, stated for output stride 16; may be empty.
         absolute_rates: Take the rates as they are, instead of scaling them with 16 / output_stride.
         use_image_pooling: Whether the image-level features are a branch (section 3.3).
@@ -67,6 +68,7 @@ class DeepLabV3Config(CtxSegConfig):
     aspp_dropout: float = BY_VARIANT
     classifier_dropout: float = BY_VARIANT
     align_corners: bool = BY_VARIANT
+    separable: bool = False
     atrous_rates: list[int] | tuple[int, ...] = (6, 12, 18)
     absolute_rates: bool = False
     use_image_pooling: bool = True
@@ -86,7 +88,7 @@ class DeepLabV3Config(CtxSegConfig):
         super().check_values()
         check_choice("variant", self.variant, list(self.variants))
         check_whole_numbers("atrous_rates", self.atrous_rates, "[6, 12, 18]")
-        check_flags(self, "absolute_rates", "use_image_pooling")
+        check_flags(self, "separable", "absolute_rates", "use_image_pooling")
         check_number("aspp_dropout", self.aspp_dropout, 0, 1)
         check_choice("pool_norm", self.pool_norm, ("batch", "group", "none"))
         if self.nonlocal_mode is not None:
@@ -116,14 +118,14 @@ class DeepLabV3Config(CtxSegConfig):
         return -(-height // self.output_stride), -(-width // self.output_stride)
 
 
-def build_aspp(config: DeepLabV3Config, in_channels: int, separable: bool = False) -> ASPP:
+def build_aspp(config: DeepLabV3Config, in_channels: int) -> ASPP:
     """Give the pyramid of a configuration on a map of `in_channels`."""
     return ASPP(
         in_channels,
         config.hidden_size,
         config.effective_rates,
         image_pooling=config.use_image_pooling,
-        separable=separable,
+        separable=config.separable,
         norm_between=config.variant != "smp",
         projection_size=3 if config.variant == "mmseg" else 1,
         dropout=config.aspp_dropout,

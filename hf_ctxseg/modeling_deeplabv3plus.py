@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .configuration_ctxseg import check_flags, check_number
+from .configuration_ctxseg import check_number
 from .layers import ConvNormAct, SeparableConvNormAct, resize_like
 from .modeling_ctxseg import ContextHead, CtxSegForSemanticSegmentation, CtxSegModel
 from .modeling_deeplabv3 import DeepLabV3Config, build_aspp, build_nonlocal_block
@@ -54,7 +54,6 @@ class DeepLabV3PlusConfig(DeepLabV3Config):
         """Check the fields of DeepLabv3 and those of the decoder; raises `ValueError`."""
         super().check_values()
         check_number("low_level_channels", self.low_level_channels, 1, float("inf"), int)
-        check_flags(self, "separable")
 
 
 class DeepLabV3PlusHead(ContextHead):
@@ -64,7 +63,7 @@ class DeepLabV3PlusHead(ContextHead):
         super().__init__(config, out_channels=config.hidden_size)
         width = config.hidden_size
         self.low_level = max(i for i, reduction in enumerate(reductions) if reduction == config.low_level_reduction)
-        self.aspp = build_aspp(config, channels[-1], separable=config.separable)
+        self.aspp = build_aspp(config, channels[-1])
         self.nonlocal_block = build_nonlocal_block(config)
         self.context_refinement = _refining_conv(config, width) if config.variant == "smp" else None
         self.low_level_projection = ConvNormAct(

@@ -78,11 +78,11 @@ def difference(found, expected):
     return (found - expected).abs().max().item() / spread
 
 
-def logit_difference(model, peer_logits, size):
-    """Difference of the logits for a picture; `peer_logits` gives them at its size."""
-    x = picture(size)
+def logit_difference(model, peer_logits, size, dtype=torch.float32):
+    """Difference of the logits for a picture, computed in `dtype`; `peer_logits` gives them at its size."""
+    x = picture(size).to(dtype)
     with torch.no_grad():
-        return difference(full_size_logits(model, x), peer_logits(x))
+        return difference(full_size_logits(model, x).float(), peer_logits(x).float())
 
 
 def gradient_difference(model, peer, peer_logits, convert, size):

@@ -24,6 +24,7 @@ BAD = {
     "palette": (5, "red", [5], [[1, 2]], [[1, 2, 256]], [[1, 2, -1]], [[1, 2, 3.0]], [[True, 0, 0]], {0: [1, 2, 3]}),
     "atrous_rates": (6, None, "6", [0], [6, -1], [1.5], [True], ["6"]),
     "absolute_rates": (0, None, "no"),
+    "separable": (1, None, "yes"),
     "use_image_pooling": (1, None, "yes"),
     "variant": ("smp", "papers", "", None, 1, ["paper"]),
     "pooling_window": (0, -1, 1.5, True, "513", [], [513], [513, 0], [513, 513.0], [1, 2, 3], [True, 1], {}),
@@ -32,6 +33,7 @@ BAD = {
     "nonlocal_mode": ("gauss", "", True, 1, ["gaussian"]),
     "multi_grid": (4, "1", [0], [1, 2.0], [True], {}),
     "dilate_first_block": (0, 1, "true", None),
+    "backbone_rates": (2, "conv1", ["conv1"], {"conv1": 0}, {"conv1": 1.5}, {"conv1": True}, {"conv1": "2"}),
     "backbone_nonlocal_stages": (8, "8", [0], [8.0], [True]),
     "backbone_nonlocal_mode": ("gauss", "", None, 1),
 }

@@ -23,8 +23,7 @@ from torchvision.models import mobilenet_v3_large, resnet50, segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
-from hf_ctxseg import NonLocal1d, NonLocal2d, NonLocal3d
-from hf_ctxseg.conversion_mmseg import convert_mmseg_head, from_mmseg, nonlocal_from_mmcv
+from hf_ctxseg.conversion_mmseg import convert_mmseg_head, from_mmseg
 from hf_ctxseg.conversion_smp import from_smp
 from hf_ctxseg.conversion_torchvision import from_torchvision
 
@@ -223,11 +222,13 @@ def test_mmseg_joins_pooling_first_and_ours_joins_it_last():
         ("decode_head", {"act_cfg": {"type": "GELU"}}, "act_cfg={'type': 'GELU'}"),
         ("decode_head", {"sliding": 3}, "settings sliding"),
         ("backbone", {"type": "ResNeSt"}, "type of mmsegmentation's backbone is 'ResNeSt'"),
-        ("backbone", {"depth": 18}, "depth 50, 101 or 152"),
+        ("backbone", {"depth": 20}, "one of the depths 18, 34, 50"),
         ("backbone", {"style": "caffe"}, "style='caffe'"),
-        ("backbone", {"type": "ResNetV1d"}, "averages before the shortcut"),
+        ("backbone", {"avg_down": True, "deep_stem": False}, "avg_down without deep_stem"),
         ("backbone", {"dilations": (1, 1, 1, 2)}, r"dilations that make up for the strides left out \(\[1, 1, 2, 4\]"),
-        ("backbone", {"multi_grid": (1, 2, 4)}, "in a stage of rate 4"),
+        ("backbone", {"multi_grid": (1, 2)}, r"multi-grid rates \[1, 2\], but its last stage has 3 blocks"),
+        ("backbone", {"type": "MobileNetV2", "strides": (1, 2, 1, 2, 1, 2, 1)}, "left out from the last on"),
+        ("backbone", {"type": "MobileNetV2", "widen_factor": 0.9}, "widen_factor=0.9"),
         ("backbone", {"norm_cfg": BN | {"eps": 1e-3}}, "normalisation {'norm_eps': 0.001"),
         ("backbone", {"groups": 32}, "settings groups"),
         ("auxiliary_head", {"type": "FCNHead", "num_convs": 1, "in_index": 2}, "concat_input=True"),
@@ -245,47 +246,10 @@ def test_mmseg_without_one_head_is_refused(heads):
         from_mmseg({}, MODEL | {"decode_head": heads})
 
 
-def nonlocal_tensors(dimensions, sub_sample, norm=True):
-    block = (NonLocal1d, NonLocal2d, NonLocal3d)[dimensions - 1](7, reduction=3, norm="batch" if norm else None)
-    names = {"norm": "conv_out.bn", "g": "g.0.conv" if sub_sample else "g.conv"}
-    names["phi"] = "phi.0.conv" if sub_sample else "phi.conv"
-    return {
-        f"{names.get(layer, f'{layer}.conv')}.{rest}": torch.randn(value.shape) if value.dim() else value
-        for layer, _, rest, value in ((*key.partition("."), value) for key, value in block.state_dict().items())
-    }
-
-
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_a_block_of_mmcv_tells_what_it_is(dimensions):
-    for sub_sample in (False, True):
-        for norm in (False, True):
-            tensors = nonlocal_tensors(dimensions, sub_sample, norm)
-            block = nonlocal_from_mmcv(tensors, mode="dot_product", norm_eps=1e-3)
-            assert type(block) is (NonLocal1d, NonLocal2d, NonLocal3d)[dimensions - 1]
-            assert (block.sub_sample, block.mode, block.g.weight.shape[:2]) == (sub_sample, "dot_product", (2, 7))
-            assert torch.equal(block.phi.weight, tensors["phi.0.conv.weight" if sub_sample else "phi.conv.weight"])
-            assert block.norm.eps == 1e-3 if norm else block.norm is None
-
-
-@pytest.mark.parametrize(
-    ("change", "mode", "text"),
-    [
-        ({}, "gaussian", "not one of mode 'gaussian'"),
-        ({}, "concatenation", "not one of mode 'concatenation'"),
-        ({"g.conv.weight": torch.ones(2, 7)}, "dot_product", "3 to 5 dimensions"),
-        ({"g.0.conv.weight": torch.ones(2, 7, 1, 1)}, "dot_product", "no place for 1 tensors .*g.0.conv"),
-        ({"gate.conv.weight": torch.ones(2, 7)}, "dot_product", "no place for 1 tensors .*gate"),
-    ],
-)
-def test_tensors_of_another_block_are_refused(change, mode, text):
-    with pytest.raises(ValueError, match=text):
-        nonlocal_from_mmcv(nonlocal_tensors(2, sub_sample=False) | change, mode=mode)
-
-
 @pytest.mark.parametrize(
     ("encoder", "change", "text"),
     [
-        ("mobilenet_v2", {}, "'mobilenet_v2': .*resnet18"),
+        ("mobilenet_v3", {}, "'mobilenet_v3': .*resnet18"),
         ("resnet51", {}, "did you mean 'resnet50'"),
         ("resnet50", {"decoder.aspp.convs.1.0.0.weight": torch.ones(1)}, "takes decoder_aspp_separable=False"),
         ("resnet50", {"classification_head.3.weight": torch.ones(1)}, "no place for 1 tensors .*classification_head"),

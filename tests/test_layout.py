@@ -24,10 +24,14 @@ MODEL_FILES = {
     "pairwise_relu": {"plain_formulas"},
     "nonlocal_ops": {"pairwise_relu", "plain_formulas"},
     "upsampling": {"plain_formulas"},
+    "weight_files": set(),
     "image_processing_ctxseg": {"upsampling"},
     "dense_loss": {"plain_formulas", "upsampling"},
     "backbone_probe": set(),
     "backbone_edit": set(),
+    "peer_backbones": set(),
+    "tf_mobilenet": set(),
+    "tf_xception": set(),
     "nonlocal_block": {"configuration_ctxseg", "layers", "nonlocal_ops"},
     "aspp": {"configuration_ctxseg", "layers", "memory_format"},
     "backbone": {
@@ -37,6 +41,9 @@ MODEL_FILES = {
         "backbone_probe",
         "backbone_edit",
         "nonlocal_block",
+        "peer_backbones",
+        "tf_mobilenet",
+        "tf_xception",
     },
     "modeling_ctxseg": {
         "configuration_ctxseg",
@@ -45,6 +52,7 @@ MODEL_FILES = {
         "dense_loss",
         "backbone",
         "nonlocal_block",
+        "weight_files",
     },
 }
 # Heads, which may import other heads too.

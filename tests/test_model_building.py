@@ -130,7 +130,7 @@ def test_checkpoint_without_a_file_is_refused(tmp_path, missing):
 def test_damaged_checkpoint_is_refused(tmp_path):
     run = random_run(tmp_path / "run")
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="is no whole checkpoint"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
         build_model(ModelArguments(model_name_or_path=str(run)), DataArguments(), _classes(NAMES))
 
 

@@ -125,7 +125,7 @@ def test_c2_bad_values_are_refused(field, value, text):
 
 
 def test_fields_of_the_decoder_are_not_those_of_deeplabv3():
-    for fields in ({"separable": True}, {"variant": "smp"}):
+    for fields in ({"low_level_channels": 48}, {"variant": "smp"}):
         with pytest.raises(ValueError):
             DeepLabV3Config(**fields)
 

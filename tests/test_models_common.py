@@ -274,7 +274,9 @@ def stored_input():
     return torch.from_numpy(np.stack(planes).astype(np.float32))[None]
 
 
-@pytest.mark.parametrize("saved", sorted(FIXTURES.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "saved", sorted(path.parent for path in FIXTURES.glob("*/config.json")), ids=lambda path: path.name
+)
 def test_c10_a_model_saved_by_an_older_version_opens_with_the_same_output(saved):
     # Written once, when the model was first published; its files stay as they are.
     model, info = AutoModelForSemanticSegmentation.from_pretrained(

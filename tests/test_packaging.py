@@ -44,7 +44,9 @@ def declared():
 
 def test_every_import_is_declared(imported):
     assert {"torch", "yaml", "PIL"} <= imported.keys()
-    missing = {name for name, distributions in imported.items() if not distributions & declared().keys()}
+    # Peers, with which `ctxseg convert --verify` compares where they are installed.
+    peers = {"ai_edge_litert", "mmseg", "segmentation_models_pytorch"}
+    missing = {name for name, distributions in imported.items() if not distributions & declared().keys()} - peers
     assert not missing, f"imported, but not among the dependencies in pyproject.toml: {missing}"
 
 

@@ -1,6 +1,7 @@
 """Rows of the reliability sheet that concern every model; what one module settles alone is tested there, by its id."""
 
 import copy
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -8,10 +9,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from training_helpers import make_data, scene
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, PreTrainedConfig
 
 from hf_ctxseg import MODELS, CtxSegImageProcessor
 from hf_ctxseg.aspp import ImagePooling
@@ -65,6 +67,106 @@ def test_c1_misspelt_keys_of_every_head_are_refused_with_the_nearest(classes, tm
     file.write_text(file.read_text().replace('"hidden_size"', '"hiden_size"'))
     with pytest.raises(ValueError, match=r"no field 'hiden_size': did you mean hidden_size\?"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def saved_files(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    MODELS[0][2](tiny(MODELS[0][0])).save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def saved(saved_files, tmp_path):
+    """A copy to spoil."""
+    for name, content in saved_files.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content[:20] + bytes([content[20] ^ 0x40]) + content[21:],
+        lambda content: content[:7] + b"\x40" + content[8:],
+        lambda content: b"",
+    ],
+    ids=["half", "last byte", "flipped bit", "huge header", "empty"],
+)
+def test_c6_torn_weights_are_refused_by_name(saved, spoil):
+    file = saved / "model.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
+        with pytest.raises(ValueError, match=r"/model\.safetensors is not a whole safetensors file"):
+            auto_class.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_c6_weights_of_a_wrong_type_are_refused_by_name(saved, kind):
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.startswith("classifier."))
+    save_file({**tensors, key: tensors[key].to(kind)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"model\.safetensors holds weights that are no floating-point .*{key}"):
+        AutoModelForSemanticSegmentation.from_pretrained(saved)
+    save_file({name: value.half() for name, value in tensors.items()}, file, metadata={"format": "pt"})
+    AutoModelForSemanticSegmentation.from_pretrained(saved)
+
+
+def test_c8_missing_weights_of_the_network_are_refused_unless_it_is_trained(saved, caplog):
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    gone = [key for key in tensors if "backbone" in key][3]
+    save_file({key: value for key, value in tensors.items() if key != gone}, file, metadata={"format": "pt"})
+    for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
+        with pytest.raises(ValueError, match=r"lacks 1 tensors of backbone or head"):
+            auto_class.from_pretrained(saved)
+    _, info = AutoModelForSemanticSegmentation.from_pretrained(
+        saved, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {gone}
+    save_file({**tensors, "model.backbone.surplus": torch.ones(1)}, file, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        AutoModelForSemanticSegmentation.from_pretrained(saved)
+    assert "model.backbone.surplus" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["../other", "absolute", "backslash", "pickle", "number"])
+def test_c9_shards_that_are_no_safetensors_beside_the_index_are_refused(saved, kind):
+    tensors = load_file(saved / "model.safetensors")
+    other = saved / "other"
+    other.mkdir()
+    (saved / "model.safetensors").rename(other / "model.safetensors")
+    torch.save(tensors, saved / "pytorch_model.bin")
+    name = {
+        "../other": f"../{saved.name}/other/model.safetensors",
+        "absolute": str(other / "model.safetensors"),
+        "backslash": "..\\other\\model.safetensors",
+        "pickle": "pytorch_model.bin",
+        "number": 3,
+    }[kind]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json names the shard .*only safetensors files beside it"):
+        AutoModelForSemanticSegmentation.from_pretrained(saved)
+    for content in ("[1]", "{", '{"weight_map": 3}'):
+        (saved / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match="is no index of shards"):
+            AutoModelForSemanticSegmentation.from_pretrained(saved)
+
+
+def test_c9_shards_beside_the_index_open_and_torn_ones_do_not(saved):
+    model = AutoModelForSemanticSegmentation.from_pretrained(saved)
+    shards = saved / "shards"
+    model.save_pretrained(shards, max_shard_size="20KB")
+    files = sorted(shards.glob("model-*.safetensors"))
+    opened = AutoModelForSemanticSegmentation.from_pretrained(shards).state_dict()
+    assert len(files) > 1 and all(torch.equal(value, opened[key]) for key, value in model.state_dict().items())
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{files[1].name} is not a whole safetensors file"):
+        AutoModelForSemanticSegmentation.from_pretrained(shards)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_ctxseg import NonLocal1d, NonLocal2d, NonLocal3d
-from hf_ctxseg.conversion_mmseg import convert_mmseg_head, from_mmseg, nonlocal_from_mmcv
+from hf_ctxseg.conversion_back import mmseg_model, to_mmseg
+from hf_ctxseg.conversion_layers import nonlocal_from_state_dict
+from hf_ctxseg.conversion_mmseg import convert_mmseg_head, from_mmseg
 from hf_ctxseg.modeling_deeplabv3 import DeepLabV3Config, DeepLabV3Head
 from hf_ctxseg.modeling_deeplabv3plus import DeepLabV3PlusConfig, DeepLabV3PlusHead
 from hf_ctxseg.modeling_nonlocal import NonLocalConfig, NonLocalHead
@@ -153,20 +155,32 @@ class Peer(nn.Module):
         return F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=self.decode_head.align_corners)
 
 
-def model_of(head, backbone="ResNetV1c", stride=8, contract=True, auxiliary=False, **more):
+def model_of(head, backbone="ResNetV1c", stride=8, contract=True, auxiliary=False, channels=2048, **more):
     strides = {8: (1, 2, 1, 1), 16: (1, 2, 2, 1), 32: (1, 2, 2, 2)}[stride]
     dilations = {8: (1, 1, 2, 4), 16: (1, 1, 1, 2), 32: (1, 1, 1, 1)}[stride]
     model = {
         "backbone": {"type": backbone, "depth": 50, "strides": strides, "dilations": dilations, "norm_cfg": BN}
         | {"contract_dilation": contract, "style": "pytorch", "num_stages": 4, "out_indices": (0, 1, 2, 3)}
         | more,
-        "decode_head": head_of(head) | {"in_channels": 2048},
+        "decode_head": head_of(head) | {"in_channels": channels},
     }
     if "c1_in_channels" in model["decode_head"]:
-        model["decode_head"]["c1_in_channels"] = 256
+        model["decode_head"]["c1_in_channels"] = channels // 8
     if auxiliary:
-        model["auxiliary_head"] = {"type": "FCNHead", "in_channels": 1024, "in_index": 2, "channels": 32}
+        model["auxiliary_head"] = {"type": "FCNHead", "in_channels": channels // 2, "in_index": 2, "channels": 32}
         model["auxiliary_head"] |= {"num_convs": 1, "concat_input": False, "num_classes": 5, "norm_cfg": BN, **LOSS}
+    return model
+
+
+def mobilenet_of(head, stride=8, auxiliary=False, **more):
+    strides = {8: (1, 2, 2, 1, 1, 1, 1), 16: (1, 2, 2, 2, 1, 1, 1), 32: (1, 2, 2, 2, 1, 2, 1)}[stride]
+    dilations = {8: (1, 1, 1, 2, 2, 4, 4), 16: (1, 1, 1, 1, 1, 2, 2), 32: (1,) * 7}[stride]
+    model = model_of(head, auxiliary=auxiliary, channels=320)
+    model["backbone"] = {"type": "MobileNetV2", "strides": strides, "dilations": dilations, "norm_cfg": BN} | more
+    if "c1_in_channels" in model["decode_head"]:
+        model["decode_head"]["c1_in_channels"] = 24
+    if auxiliary:
+        model["auxiliary_head"]["in_channels"] = 96
     return model
 
 
@@ -177,6 +191,21 @@ MODELS = {
     "ASPPHead, multi-grid": model_of("ASPPHead", stride=16, multi_grid=(2, 4, 8)),
     "ASPPHead on ResNet": model_of("ASPPHead", "ResNet", stride=16),
     "ASPPHead on ResNetV1d": model_of("ASPPHead", "ResNetV1d", stride=32),
+    "ASPPHead, d16-mg124": model_of("ASPPHead", stride=16, multi_grid=(1, 2, 4)),
+    "ASPPHead on ResNetV1d at 8": model_of("ASPPHead", "ResNetV1d"),
+    "ASPPHead on ResNetV1d at 16, first block dilated": model_of("ASPPHead", "ResNetV1d", stride=16, contract=False),
+    "ASPPHead on ResNetV1c-18": model_of("ASPPHead", channels=512, depth=18, auxiliary=True),
+    "ASPPHead on ResNet-18, first block dilated": model_of("ASPPHead", "ResNet", 16, False, channels=512, depth=18),
+    "ASPPHead on ResNetV1d-18, multi-grid": model_of(
+        "ASPPHead", "ResNetV1d", channels=512, depth=18, multi_grid=(3, 5)
+    ),
+    "DepthwiseSeparableASPPHead on ResNetV1c-34": model_of(
+        "DepthwiseSeparableASPPHead", stride=16, channels=512, depth=34
+    ),
+    "ASPPHead on MobileNetV2": mobilenet_of("ASPPHead", auxiliary=True),
+    "ASPPHead on MobileNetV2 at 16": mobilenet_of("ASPPHead", 16, norm_cfg={"type": "BN", "eps": 1e-2}),
+    "NLHead on MobileNetV2 at 32": mobilenet_of("NLHead, embedded_gaussian", 32),
+    "DepthwiseSeparableASPPHead on MobileNetV2": mobilenet_of("DepthwiseSeparableASPPHead"),
     "DepthwiseSeparableASPPHead": model_of("DepthwiseSeparableASPPHead", auxiliary=True),
     "DepthwiseSeparableASPPHead at 16": model_of("DepthwiseSeparableASPPHead, corners aligned", stride=16),
     "NLHead": model_of("NLHead, embedded_gaussian", auxiliary=True),
@@ -193,9 +222,11 @@ def converted(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_network_gives_the_same_logits(name):
     peer, both = converted(name)
-    model = build(both)
-    for size in SIZES:
-        assert logit_difference(model, peer, size) <= TOLERANCE, size
+    model = build(both).double()  # some of these networks amplify the rounding of float32 to the tolerance
+    peer.double()
+    differences = [logit_difference(model, peer, size, torch.float64) for size in SIZES]
+    peer.float()
+    assert max(differences) <= TOLERANCE, differences
 
 
 @pytest.mark.parametrize("name", ["DepthwiseSeparableASPPHead", "NLHead"])
@@ -233,6 +264,11 @@ def with_fields(config, tensors, **fields):
         ("ASPPHead", lambda *both: with_fields(*both, dilate_first_block=True)),
         ("ASPPHead, first block dilated", lambda *both: with_fields(*both, dilate_first_block=False)),
         ("ASPPHead, multi-grid", lambda *both: with_fields(*both, multi_grid=None)),
+        ("ASPPHead, d16-mg124", lambda *both: with_fields(*both, backbone_rates=None, multi_grid=[1, 2, 4])),
+        ("ASPPHead on ResNetV1d at 8", lambda *both: with_fields(*both, backbone="resnet50d")),
+        ("ASPPHead on ResNetV1c-18", lambda *both: with_fields(*both, backbone_rates=None)),
+        ("ASPPHead on MobileNetV2", lambda *both: with_fields(*both, backbone_rates=None)),
+        ("ASPPHead on MobileNetV2", lambda *both: with_fields(*both, backbone_rates=None, dilate_first_block=True)),
         ("DepthwiseSeparableASPPHead", turn_branches),
         ("DepthwiseSeparableASPPHead", lambda *both: with_fields(*both, atrous_rates=[5, 2, 3])),
         ("DepthwiseSeparableASPPHead at 16", lambda *both: with_fields(*both, align_corners=False)),
@@ -257,7 +293,7 @@ def test_blocks_of_mmcv_give_the_same(dimensions, norm, sub_sample, mode):
         lambda: make(6, sub_sample=sub_sample, norm_cfg=norm, mode=mode, reduction=2),
         torch.randn(2, 6, *(3, 4, 5)[-dimensions:]),
     )
-    block = nonlocal_from_mmcv(peer.state_dict(), mode=mode, norm_eps=1e-2).eval()
+    block = nonlocal_from_state_dict(peer.state_dict(), mode=mode, norm_eps=1e-2).eval()
     assert type(block) is (NonLocal1d, NonLocal2d, NonLocal3d)[dimensions - 1]
     assert block.sub_sample is sub_sample
     for size in [(4, 6, 8), (3, 5, 7), (2, 3, 11)]:
@@ -277,21 +313,30 @@ def test_a_wrong_mode_bites_or_is_refused():
     peer = make_peer(lambda: bricks.NonLocal2d(6, mode="dot_product"), torch.randn(2, 6, 3, 4))
     x = torch.randn(1, 6, 5, 7)
     with torch.no_grad():
-        assert difference(nonlocal_from_mmcv(peer.state_dict()).eval()(x), peer(x)) > 3 * TOLERANCE
+        assert difference(nonlocal_from_state_dict(peer.state_dict()).eval()(x), peer(x)) > 3 * TOLERANCE
     for mode in ("gaussian", "concatenation"):
         with pytest.raises(ValueError, match=mode):
-            nonlocal_from_mmcv(peer.state_dict(), mode=mode)
+            nonlocal_from_state_dict(peer.state_dict(), mode=mode)
 
 
-@pytest.mark.parametrize(
-    ("model", "why"),
-    [
-        (model_of("ASPPHead", "ResNetV1d", stride=16), "averages before the shortcut"),
-        (model_of("ASPPHead") | {"backbone": model_of("ASPPHead")["backbone"] | {"depth": 18}}, "timm both"),
-        (model_of("ASPPHead", stride=16, multi_grid=(1, 2, 4)), r"rates \[1, 2, 4\], used as they are"),
-    ],
-)
-def test_what_timm_does_otherwise_is_refused(model, why):
-    head = converted("ASPPHead")[0].decode_head.state_dict()
-    with pytest.raises(ValueError, match=why):
-        from_mmseg({f"decode_head.{key}": value for key, value in head.items()}, model)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_goes_back_bit_by_bit(name):
+    peer, (config, tensors) = converted(name)
+    back = to_mmseg(config, tensors)
+    theirs = peer.state_dict()
+    assert set(back) == set(theirs)
+    assert all(torch.equal(value, theirs[key]) for key, value in back.items())
+    model = mmseg_model(config, tensors)
+    del model["type"]
+    again = Peer(model).eval()
+    again.load_state_dict(back)
+    x = picture((33, 65))
+    with torch.no_grad():
+        assert torch.equal(again(x), peer(x))
+
+
+def test_the_weight_of_the_auxiliary_loss_comes_along():
+    model = model_of("NLHead, embedded_gaussian", auxiliary=True)
+    model["auxiliary_head"] |= {"loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 0.7}, "dropout_ratio": 0.3}
+    config = from_mmseg(converted("NLHead")[0].state_dict(), model)[0]
+    assert (config.auxiliary_loss_weight, config.auxiliary_dropout) == (0.7, 0.3)

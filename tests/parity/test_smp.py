@@ -15,6 +15,7 @@ from peer_helpers import (
     picture,
 )
 
+from hf_ctxseg.conversion_back import smp_arguments, to_smp
 from hf_ctxseg.conversion_smp import from_smp
 
 # Even and odd numbers of cells, and an oblong in which the rate 36 reaches from one cell to another.
@@ -26,6 +27,9 @@ PEERS = {
     "v3 resnet18": (smp.DeepLabV3, "resnet18", 8, {"decoder_channels": 64}),
     "v3 tu-test_resnet": (smp.DeepLabV3, "tu-test_resnet", 8, {"decoder_channels": 64}),
     "v3 tu-mobilenetv3_small_100": (smp.DeepLabV3, "tu-mobilenetv3_small_100", 16, {"decoder_channels": 32}),
+    "v3 mobilenet_v2": (smp.DeepLabV3, "mobilenet_v2", 8, {"decoder_channels": 32}),
+    "v3 mobilenet_v2 at 16": (smp.DeepLabV3, "mobilenet_v2", 16, {"decoder_channels": 32}),
+    "v3+ mobilenet_v2": (smp.DeepLabV3Plus, "mobilenet_v2", 16, {"decoder_channels": 32}),
     "v3+ resnet50": (smp.DeepLabV3Plus, "resnet50", 16, {}),
     "v3+ resnet50 at 8": (smp.DeepLabV3Plus, "resnet50", 8, {"decoder_atrous_rates": (2, 1, 3)}),
     "v3+ resnext50_32x4d": (smp.DeepLabV3Plus, "resnext50_32x4d", 16, {}),
@@ -109,6 +113,7 @@ def with_fields(config, tensors, **fields):
         ("v3+ resnet50", lambda *both: with_fields(*both, atrous_rates=[24, 12, 36])),
         ("v3+ resnet50", lambda *both: with_fields(*both, absolute_rates=True, atrous_rates=[6, 12, 18])),
         ("v3+ resnet50", lambda *both: with_fields(*both, align_corners=False)),
+        ("v3 mobilenet_v2", lambda *both: with_fields(*both, dilate_first_block=False)),
         ("v3+ resnet50", turn_branches),
         ("v3+ resnet50", turn_decoder),
     ],
@@ -132,5 +137,33 @@ def test_what_ours_cannot_do_is_refused():
     )
     with pytest.raises(ValueError, match=r"branches.0.conv.weight \[16, 256, 1, 1\] instead of \[16, 512, 1, 1\]"):
         from_smp(shallow.state_dict(), "resnet18")
-    with pytest.raises(ValueError, match=r"mobilenet_v2.*resnet18"):
-        from_smp(converted("v3 resnet18")[0].state_dict(), "mobilenet_v2")
+    with pytest.raises(ValueError, match=r"vgg16.*resnet18"):
+        from_smp(converted("v3 resnet18")[0].state_dict(), "vgg16")
+
+
+def test_names_of_older_releases_are_known():
+    """smp's own rule: the decoder's parts were counted before they got names."""
+    peer, (config, tensors) = converted("v3 tu-test_resnet")
+    counted = {"decoder.aspp.": "decoder.0.", "decoder.conv.": "decoder.1.", "decoder.bn.": "decoder.2."}
+    old = {}
+    for key, value in peer.state_dict().items():
+        name = next((name for name in counted if key.startswith(name)), "")
+        old[counted.get(name, "") + key.removeprefix(name)] = value
+    assert set(old) != set(peer.state_dict())
+    peer.load_state_dict(dict(old))  # the peer still reads them, so they are what it wrote
+    found = from_smp(old, **settings("v3 tu-test_resnet"))
+    assert found[0].to_dict() == config.to_dict()
+    assert all(torch.equal(found[1][key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_network_goes_back_bit_by_bit(name):
+    peer, (config, tensors) = converted(name)
+    back, theirs = to_smp(config, tensors), peer.state_dict()
+    assert set(back) == set(theirs)
+    assert all(torch.equal(value, theirs[key]) for key, value in back.items())
+    again = PEERS[name][0](encoder_weights=None, **smp_arguments(config)).eval()
+    again.load_state_dict(back)
+    x = picture(SIZES[PEERS[name][2]][0])
+    with torch.no_grad():
+        assert torch.equal(again(x), peer(x))
