@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 _HELD, _HELD_VALUES = 128, 1 << 20  # blocks whose transformed cells are held at a time: at least, and by values
-_LARGE = 1 << 22  # values of transformed kernels that are split where this saves memory
+_LARGE = 1 << 21  # values of transformed kernels that are split where this saves memory
 # The transform of a kernel, (16, 9): the Kronecker square of the one along an edge.
 _EDGE = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
 
