@@ -154,7 +154,7 @@ def _plain(logits: torch.Tensor, labels: torch.Tensor, options: _Options) -> tor
     )
     valid = labels != ignore_index
     total = _pixel_weights(logits, labels.masked_fill(~valid, 0), valid, options).sum()
-    return loss / torch.where(total > 0, total, 1)
+    return loss * torch.where(total > 0, 1 / total, 0)
 
 
 def _checked(
