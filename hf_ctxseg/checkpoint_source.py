@@ -15,8 +15,9 @@ from .conversion_mmseg import from_mmseg
 from .conversion_smp import from_smp
 from .conversion_torchvision import from_torchvision
 from .convert_mmseg_config import mmseg_classes, mmseg_config, mmseg_preprocessing, parse_mmseg_config
+from .label_sets import VOC_CLASSES, voc_palette
 from .model_card import read_json
-from .state_dict import find_state_dict, read_checkpoint
+from .state_dict import MARKS, find_state_dict, read_checkpoint
 
 
 @dataclass
@@ -132,17 +133,8 @@ def _open_folder(path: Path, kind: str | None, entry: str | None) -> Source:
     return Source(path, [weights], kind, tensors, settings, notes=notes)
 
 
-# A tensor that every checkpoint of a kind has, under a name that no other uses.
-_MARKS = {
-    "torchvision": ("classifier.0.project.0.weight",),
-    "smp": ("segmentation_head.0.weight",),
-    "mmseg": ("decode_head.conv_seg.weight",),
-    "caffe": tuple(f"{wrapper}layer1.conv1.conv.weight" for wrapper in ("base.", "scale.", "")),
-}
-
-
 def _kind_of(tensors: Tensors, name: str) -> str:
-    for kind, marks in _MARKS.items():
+    for kind, marks in MARKS.items():
         if any(mark in tensors for mark in marks):
             return kind
     raise ValueError(
@@ -170,12 +162,32 @@ def convert_source(source: Source, options: Mapping[str, Any]) -> Conversion:
         )
     conversion = converter(source, given)
     conversion.notes = [*source.notes, *conversion.notes]
+    if conversion.config.num_labels == 1:
+        _make_two_classes(conversion)
+    elif source.kind in ("torchvision", "caffe", "tf") and conversion.config.num_labels == len(VOC_CLASSES):
+        conversion.config = with_classes(conversion.config, VOC_CLASSES, voc_palette())
+        conversion.notes.append("The file names no classes: with 21 of them they are taken to be PASCAL VOC 2012's.")
     broken = [
         key for key, value in conversion.tensors.items() if value.is_floating_point() and not value.isfinite().all()
     ]
     if broken:
         raise ValueError(f"{source.path} holds NaN or infinite values in {', '.join(broken[:20])} (in our names).")
     return conversion
+
+
+def _make_two_classes(conversion: Conversion) -> None:
+    """Give a network of one logit, whose sigmoid is a probability, the two classes that a softmax takes."""
+    for key in ("classifier.weight", "classifier.bias"):
+        for name in (key, f"auxiliary_head.{key}"):
+            if name in conversion.tensors:
+                logit = conversion.tensors[name]
+                conversion.tensors[name] = torch.cat([torch.zeros_like(logit), logit])
+    fields = {key: value for key, value in conversion.config.to_dict().items() if key not in ("id2label", "label2id")}
+    names = {0: "background", 1: "foreground"}
+    conversion.config = type(conversion.config).from_dict({**fields, "id2label": names})
+    conversion.notes.append(
+        "The network gives one logit; ours gives two, the first always 0: a probability above 0.5 is class 1."
+    )
 
 
 def _assumed(given: Mapping[str, Any], config: CtxSegConfig, whose: str) -> list[str]:
@@ -188,6 +200,8 @@ def _assumed(given: Mapping[str, Any], config: CtxSegConfig, whose: str) -> list
 def _torchvision(source: Source, given: dict[str, Any]) -> Conversion:
     config, tensors = from_torchvision(source.tensors, **given)
     notes = _assumed(given, config, "torchvision's published networks")
+    if not config.use_auxiliary_head and any(key.startswith("aux_classifier.") for key in source.tensors):
+        notes.append("The auxiliary classifier, which serves training only, was left out.")
     notes.append(
         "ImageNet mean and deviation, as torchvision's published weights; those scale pictures to 520 pixels."
     )
@@ -241,11 +255,9 @@ def _mmseg(source: Source, given: dict[str, Any]) -> Conversion:
 
 def from_bgr(conversion: Conversion) -> Conversion:
     """Make a network for blue, green, red take red, green, blue: its first convolution's inputs change places."""
-    key = next(
-        key
-        for key, value in conversion.tensors.items()
-        if key.startswith(f"{BACKBONE}.") and value.dim() == 4 and value.shape[1] == 3
-    )
+    key = next(key for key, value in conversion.tensors.items() if key.startswith(f"{BACKBONE}.") and value.dim() == 4)
+    if conversion.tensors[key].shape[1] != 3:
+        raise ValueError("The network is said to take blue, green, red, but its pictures do not have three channels.")
     conversion.tensors[key] = conversion.tensors[key].flip(1)
     for name in ("image_mean", "image_std"):
         if name in conversion.preprocessing:

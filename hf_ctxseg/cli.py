@@ -240,6 +240,8 @@ def _convert(argv: list[str]) -> int:
     parser.add_argument("--logits", metavar="FILE", help="compare with these logits of IMAGE (.npy) instead")
     options = vars(parser.parse_args(argv))
     source, output, peer = options.pop("source"), options.pop("output"), options.pop("to")
+    if len(options["image_pooling_crop_size"] or ()) == 1:  # a square
+        options["image_pooling_crop_size"] = options["image_pooling_crop_size"][0]
     from .converting import convert, convert_back
 
     if peer is not None:

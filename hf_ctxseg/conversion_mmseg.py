@@ -30,7 +30,8 @@ _HEAD_FIXED = {"conv_cfg": None, "act_cfg": {"type": "ReLU"}, "input_transform":
 def from_mmseg(state_dict: Tensors, model: Mapping[str, Any]) -> tuple[CtxSegConfig, dict[str, torch.Tensor]]:
     """Convert an `EncoderDecoder` with `ASPPHead`, `DepthwiseSeparableASPPHead` or `NLHead`.
 
-    Backbones are `ResNetV1c`, `ResNetV1d`, `ResNet` and `MobileNetV2`.
+    Backbones are `ResNetV1c`, `ResNetV1d`, `ResNet` and `MobileNetV2`. Of auxiliary heads, which serve training only,
+    a single one is kept; a list of them is left out with its tensors.
 
     Args:
         state_dict: The peer's tensors.
@@ -42,7 +43,9 @@ def from_mmseg(state_dict: Tensors, model: Mapping[str, Any]) -> tuple[CtxSegCon
     fields, _ = backbone_fields(_section(model, "backbone"))
     head = _section(model, "decode_head")
     fields |= _head_fields(part(state_dict, "decode_head."), head)
-    if model.get("auxiliary_head") is not None:
+    if isinstance(model.get("auxiliary_head"), (list, tuple)):
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith("auxiliary_head.")}
+    elif model.get("auxiliary_head") is not None:
         fields |= _auxiliary_fields(_section(model, "auxiliary_head"), part(state_dict, "auxiliary_head."))
     tensors = rename(state_dict, mmseg_modules(model), _NAME)
     return checked(_HEADS[head["type"]](**fields), turn_pooling(tensors, f"{HEAD}."), _NAME)
@@ -86,6 +89,11 @@ def _head_fields(tensors: Tensors, head: Mapping[str, Any]) -> dict[str, Any]:
     fields["align_corners"] = given.pop("align_corners", False)
     fields["num_labels"] = classes = require(tensors, "conv_seg.weight", name).shape[0]
     _expect(given, "in_index", (-1, 3), name)
+    if given.get("out_channels") == 1 and given.get("num_classes") == 2:
+        raise ValueError(
+            f"{name} tells two classes apart by a threshold on one channel (out_channels=1, num_classes=2), but "
+            "ours has one channel per class: train it with out_channels=2."
+        )
     _expect(given, "out_channels", (None, classes), name)
     fields |= (_nonlocal_fields if head["type"] == "NLHead" else _aspp_fields)(tensors, given, name)
     expect_fixed(given, _HEAD_FIXED, name)

@@ -7,7 +7,9 @@ multiplies by exactly 1 and adds the bias.
 """
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from .conversion import BACKBONE, HEAD, Conversion, checked
 from .label_sets import VOC_CLASSES, voc_palette
 from .modeling_deeplabv3 import DeepLabV3Config
 from .modeling_deeplabv3plus import DeepLabV3PlusConfig
+from .state_dict import plain_text
 from .tf_mobilenet import TF_MOBILENET, fit_channels
 from .tflite_layers import Layer, Network
 from .tflite_reader import TfliteTensor, read_tflite
@@ -30,6 +33,18 @@ _LOW_BLOCK = 2  # the map of stride 4 for a decoder is taken within the last blo
 _BACKBONE_EPS, _HEAD_EPS, _HEAD_MOMENTUM = 1e-3, 1e-5, 3e-4  # of TensorFlow's DeepLab
 _AFTER_LOGITS = ("resize", "arg_max", "softmax")
 _LARGEST_LABEL_FILE = 1 << 16
+_ARCHIVE_PART, _ARCHIVE_ENTRIES = 1 << 20, 32  # bytes at the end of the file and entries that are looked at
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others inflate beyond what is asked for
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    RuntimeError,
+    OverflowError,
+    OSError,
+    EOFError,
+)
 
 
 @dataclass
@@ -321,26 +336,36 @@ def _labels(
 ) -> tuple[dict[str, Any], list[list[int]] | None, str]:
     if id2label is not None:
         return {"id2label": id2label}, None, "The names of the classes were given by hand."
-    names = _packed_labels(data, classes)
+    lack = "The file names no classes"
+    try:
+        names = _packed_labels(data, classes)
+    except _UNREADABLE:
+        names, lack = [], "The archive of labels within the file cannot be read and is left out"
     if names:
         return {"id2label": dict(enumerate(names))}, None, "The names of the classes are those within the file."
     if classes == len(VOC_CLASSES):
-        note = "The file names no classes: with 21 of them they are taken to be those of PASCAL VOC 2012."
+        note = f"{lack}: the {classes} classes are taken to be those of PASCAL VOC 2012."
         return {"id2label": dict(enumerate(VOC_CLASSES))}, voc_palette(), note
-    return {"num_labels": classes}, None, f"The file does not name its {classes} classes."
+    return {"num_labels": classes}, None, f"{lack}: the {classes} classes are numbered."
 
 
 def _packed_labels(data: bytes, classes: int) -> list[str]:
-    """Names in a text file with a line for each class, which TensorFlow Lite's metadata appends as a ZIP archive."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for entry in archive.infolist():
-                if entry.filename.endswith(".txt") and entry.file_size <= _LARGEST_LABEL_FILE:
-                    names = archive.read(entry).decode("utf-8").strip().splitlines()
-                    if len(names) == classes == len(set(names)):
-                        return names
-    except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, RuntimeError, OSError, EOFError):
-        pass  # no archive, or not one to read
+    """Names in a text file with a line for each class, which TensorFlow Lite's metadata appends as a ZIP archive.
+
+    Raises one of `_UNREADABLE` if there is an archive that is damaged.
+    """
+    packed = io.BytesIO(data[-_ARCHIVE_PART:])
+    if not zipfile.is_zipfile(packed):
+        return []
+    with zipfile.ZipFile(packed) as archive:
+        for entry in archive.infolist()[:_ARCHIVE_ENTRIES]:
+            is_small = entry.file_size <= _LARGEST_LABEL_FILE and entry.compress_type in _BOUNDED
+            if is_small and entry.filename.endswith(".txt"):
+                with archive.open(entry) as file:
+                    text = file.read(_LARGEST_LABEL_FILE).decode("utf-8")
+                names = [plain_text(line) for line in text.strip().splitlines()]
+                if len(names) == classes == len(set(names)) and all(names):
+                    return names
     return []
 
 

@@ -5,12 +5,17 @@ parsed and its literals are evaluated; nothing of it is run.
 """
 
 import ast
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from .state_dict import plain_text
 
 MAX_LENGTH = 2_000_000  # characters; the longest published one has some 20 thousand
+_RESOLVED = (
+    "give the resolved config, which mmsegmentation writes beside its checkpoints, or which Config.dump writes."
+)
 
 
 def parse_mmseg_config(text: str) -> dict[str, Any]:
@@ -44,9 +49,12 @@ def parse_mmseg_config(text: str) -> dict[str, Any]:
                 problems[name] = str(error)
     if not isinstance(values.get("model"), dict):
         reason = f" ({problems['model']})" if "model" in problems else ""
+        raise ValueError(f"The mmsegmentation config assigns no model of literals{reason}: {_RESOLVED}")
+    parts = [values["model"].get(name) for name in ("backbone", "decode_head")]
+    if "_base_" in values and not all(isinstance(part, dict) and "type" in part for part in parts):
         raise ValueError(
-            f"The mmsegmentation config assigns no model of literals{reason}: give the full one that mmsegmentation "
-            "writes beside its checkpoints, or that Config.dump writes."
+            "The mmsegmentation config builds on others (_base_) and states only a part of the model itself: "
+            f"{_RESOLVED}"
         )
     return values
 
@@ -113,12 +121,21 @@ def mmseg_classes(meta: Any) -> tuple[list[str] | None, list[list[int]] | None]:
     if not (isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)):
         return None, None
     texts = [plain_text(name) for name in names]
-    if not isinstance(palette, (list, tuple)) or len(palette) != len(texts):
-        return texts, None
-    try:
-        return texts, [[int(part) for part in colour] for colour in palette]
-    except (TypeError, ValueError):
-        return texts, None
+    return texts, _palette(palette, len(texts))
+
+
+def _palette(given: Any, classes: int) -> list[list[int]] | None:
+    """The colours if there is one of three bytes per class; others are left out, for the network works without."""
+    if not isinstance(given, (list, tuple)) or len(given) != classes:
+        return None
+    for colour in given:
+        if not isinstance(colour, (list, tuple)) or len(colour) != 3 or not all(map(_is_byte, colour)):
+            return None
+    return [[int(part) for part in colour] for colour in given]
+
+
+def _is_byte(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 255 and value == int(value)
 
 
 def mmseg_preprocessing(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
@@ -129,20 +146,51 @@ def mmseg_preprocessing(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool
         takes blue, green, red; and notes.
 
     Raises:
-        ValueError: If mean or deviation are not one number per channel.
+        ValueError: If mean or deviation are not one finite number per channel, or a deviation is not above 0.
     """
     model = config["model"]
+    notes = _windows(model.get("test_cfg") or config.get("test_cfg"))
     given = model.get("data_preprocessor") or config.get("data_preprocessor")
     if isinstance(given, Mapping) and given.get("mean") is not None:
         bgr = not given.get("bgr_to_rgb", False)
     elif isinstance(given := config.get("img_norm_cfg"), Mapping) and given.get("mean") is not None:
         bgr = not given.get("to_rgb", True)
     else:
-        return {}, False, ["The config states no mean and deviation: those of ImageNet, RGB, are assumed."]
-    statistics: dict[str, Any] = {}
-    for name in ("mean", "std"):
-        values = given.get(name)
-        if not (isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)):
-            raise ValueError(f"The mmsegmentation config has the {name} {values!r}, but must have a list of numbers.")
-        statistics[f"image_{name}"] = [value / 255 for value in values]
-    return statistics, bgr, []
+        return {}, False, ["The config states no mean and deviation: those of ImageNet, RGB, are assumed.", *notes]
+    backbone = model.get("backbone")
+    channels = backbone.get("in_channels", 3) if isinstance(backbone, Mapping) else 3
+    statistics = {f"image_{name}": _statistic(name, given.get(name), channels) for name in ("mean", "std")}
+    return statistics, bgr, notes
+
+
+def _statistic(name: str, values: Any, channels: int) -> list[float]:
+    """Mean or deviation for values of 0 … 1."""
+    if isinstance(values, (list, tuple)) and len(values) == channels and all(map(_is_finite, values)):
+        scaled = [float(value) / 255 for value in values]
+        if name == "mean" or min(scaled) > 0:
+            return scaled
+    above = " above 0" if name == "std" else ""
+    raise ValueError(
+        f"The mmsegmentation config has the {name} {reprlib.repr(values)}, but must have a list of {channels} finite "
+        f"numbers{above}, one per channel: correct it, and give it with --peer_config."
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # which compares whole numbers of any length
+
+
+def _windows(given: Any) -> list[str]:
+    """A note where the network was scored window by window."""
+    if not isinstance(given, Mapping) or given.get("mode") != "slide":
+        return []
+    crop, stride = _extent(given.get("crop_size")), _extent(given.get("stride"))
+    told = f" of {crop} at a stride of {stride}" if crop and stride else ""
+    return [f"Scored there with windows{told}; ours looks at the whole picture unless asked for windows."]
+
+
+def _extent(pair: Any) -> str:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(_is_finite, pair)):
+        return ""
+    return f"{pair[1]}×{pair[0]}"  # mmsegmentation gives heights first

@@ -114,11 +114,15 @@ def compare(
     """
     with torch.inference_mode():
         logits = model(pixels).logits
+    if expected.dim() == 4 and expected.shape[1] == 1:  # one logit, of class 1 against class 0
+        expected = torch.cat([torch.zeros_like(expected), expected], dim=1)
     size = (int(expected.shape[-2]), int(expected.shape[-1]))
     if tuple(logits.shape[-2:]) != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=model.config.align_corners)
     indices = expected if expected.dim() == 3 else expected.argmax(dim=1)
     valid = indices != model.config.semantic_loss_ignore_index
+    if not valid.any():
+        raise ValueError("No pixel of the map to compare with has a class: give another.")
     agreement = (logits.argmax(dim=1) == indices)[valid].double().mean().item()
     difference = None
     if expected.dim() == 4:
@@ -138,6 +142,8 @@ def _stored(path: Path, classes: int) -> torch.Tensor:
             raise ValueError(f"{path} is no readable .npy file ({error}): save the logits with numpy.save.") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
         raise ValueError(f"{path} holds no numbers: save the logits with numpy.save.")
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError(f"{path} holds no values, or some that are not finite: nothing can be compared with it.")
     if values.ndim == 2:
         return torch.from_numpy(values.astype(np.int64))[None]
     values = values[None] if values.ndim == 3 else values
@@ -168,7 +174,7 @@ def _torchvision(source: Source, conversion: Conversion) -> tuple[str, Peer]:
     name = "deeplabv3_mobilenet_v3_large" if mobilenet else f"deeplabv3_{config.backbone}"
     auxiliary = any(key.startswith("aux_classifier.") for key in source.tensors)
     network = getattr(segmentation, name)(
-        weights=None, weights_backbone=None, num_classes=config.num_labels, aux_loss=auxiliary
+        weights=None, weights_backbone=None, num_classes=len(source.tensors["classifier.4.weight"]), aux_loss=auxiliary
     )
     network.load_state_dict(source.tensors)
     network.eval()
@@ -180,7 +186,8 @@ def _smp(source: Source, conversion: Conversion) -> tuple[str, Peer]:
 
     config = conversion.config
     kind = smp.DeepLabV3Plus if config.model_type.endswith("plus") else smp.DeepLabV3
-    network = kind(encoder_weights=None, **smp_arguments(config)).eval()
+    classes = len(source.tensors["segmentation_head.0.weight"])
+    network = kind(encoder_weights=None, **{**smp_arguments(config), "classes": classes}).eval()
     network.load_state_dict(source.tensors)
     return f"segmentation_models_pytorch {smp.__version__}", network
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
@@ -24,7 +25,7 @@ from .conversion import Conversion
 from .conversion_back import mmseg_model, smp_arguments, to_mmseg, to_smp, to_torchvision
 from .convert_verify import Comparison, has_published_form, verify_conversion
 from .image_processing_ctxseg import CtxSegImageProcessor
-from .model_card import write_card
+from .model_card import read_json, write_card
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .registry import find_head, head_name
 from .run_folder import write_json
@@ -82,12 +83,12 @@ def convert(
         FileNotFoundError, ValueError: If something is missing, is not what it says, or cannot be carried over; then
             nothing is written.
     """
-    target = Path(output_dir)
-    _check_target(target)
+    target = _checked_target(output_dir)
     if logits is not None and verify is None:
         raise ValueError("--logits belongs to a picture: give it with --verify IMAGE.")
-    opened = open_source(source, source_format, peer_config=peer_config, entry=entry)
-    conversion = convert_source(opened, options)
+    with _refusing(source):
+        opened = open_source(source, source_format, peer_config=peer_config, entry=entry)
+        conversion = convert_source(opened, options)
     if classes is not None:
         conversion.config = with_classes(conversion.config, _class_names(classes))
     elif conversion.config.id2label.get(0) == "LABEL_0":
@@ -130,7 +131,7 @@ def _build(conversion: Conversion) -> CtxSegForSemanticSegmentation:
 def _class_names(given: str | Sequence[str]) -> list[str]:
     if not isinstance(given, str):
         return list(given)
-    if Path(given).is_file():
+    if os.path.isfile(given):  # of names too long for a file as well
         lines = Path(given).read_text(encoding="utf-8").splitlines()
         names = [plain_text(line) for line in lines if line.strip()]
     else:
@@ -140,11 +141,27 @@ def _class_names(given: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _check_target(target: Path) -> None:
+@contextmanager
+def _refusing(source: str | Path) -> Iterator[None]:
+    """Turn what ill-formed content breaks into a refusal."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"{source} is not what it looks like ({type(error).__name__}: {str(error).splitlines()[:1]}): its tensors "
+            "or the settings beside them do not describe such a network."
+        ) from error
+
+
+def _checked_target(output_dir: str | Path) -> Path:
+    target = Path(os.path.realpath(output_dir))  # a link is followed, not replaced
+    if target == Path.cwd():
+        raise ValueError("The output is the folder that you are in, which cannot be replaced: choose a new one.")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, but the output must be a folder: choose another name.")
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty, and nothing in it is overwritten: choose a new folder.")
+    return target
 
 
 @contextmanager
@@ -156,12 +173,13 @@ def _folder(target: Path) -> Iterator[Path]:
         yield partial
         for path in partial.iterdir():
             _to_disk(path)
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o777 & ~mask)  # a temporary folder is its maker's alone
+        partial.chmod(0o777 & ~_umask())  # a temporary folder is its maker's alone
         if target.is_dir():
             target.rmdir()
         os.replace(partial, target)
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{target} cannot be written ({error}): is there room?") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -170,6 +188,13 @@ def _folder(target: Path) -> Iterator[Path]:
 def _to_disk(path: Path) -> None:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
+    path.chmod(0o666 & ~_umask())  # safetensors and temporary files are their maker's alone
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def convert_back(run: str | Path, output: str | Path, peer: str) -> str:
@@ -194,6 +219,9 @@ def convert_back(run: str | Path, output: str | Path, peer: str) -> str:
         raise FileNotFoundError(
             f"{run} holds no config.json and model.safetensors: give the folder of a model of ours."
         )
+    kind = read_json(run / "config.json").get("model_type")
+    if not str(kind).startswith("ctxseg_"):
+        raise ValueError(f"{run} holds a model of the type {kind!r}, which is none of ours: give a run folder.")
     config = AutoConfig.from_pretrained(run)
     convert_to = {"torchvision": to_torchvision, "mmseg": to_mmseg, "smp": to_smp}[peer]
     ours = read_checkpoint(run / "model.safetensors")

@@ -15,7 +15,7 @@ import sys
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ _CALLED = re.compile(
     r"numpy\.(_?core\.multiarray\.(_reconstruct|scalar)|_?core\.numeric\._frombuffer|dtype|dtypes\.\w+"
     r"|random\._pickle\.__\w+_ctor)"
     r"|copyreg\._reconstructor|builtins\.(getattr|object|list|dict|tuple|int|float|str|bytes|frozenset|slice|range)"
-    r"|collections\.\w+|datetime\.\w+|pathlib\.\w+|argparse\.Namespace|uuid\.UUID|decimal\.Decimal|typing\.\w+"
+    r"|functools\.partial|collections\.\w+|datetime\.\w+|pathlib\.\w+|argparse\.Namespace|uuid\.UUID|decimal\.Decimal|typing\.\w+"
     r"|(mmengine|mmcv|mmseg|omegaconf|yacs|addict|easydict)\..+"
 )
 # Classes of the standard library, torch and NumPy that may stand as objects (pickle's NEWOBJ), beside all others'.
 _OBJECTS = re.compile(
-    r"numpy\.(ndarray|random\.\w+|\w*\d+|bool_?)|functools\.partial|types\.SimpleNamespace|enum\.\w+"
+    r"numpy\.(ndarray|random\.\w+|\w*\d+|bool_?)|types\.SimpleNamespace|enum\.\w+"
     r"|torch\.(nn\.(modules|parallel)\..+|optim\..+|cuda\.amp\..+|amp\..+|torch_version\.TorchVersion)"
 )
 _DICTS = ("Dict", "CfgNode")  # subclasses of dict, whose entries the unpickler gives to plain dicts only
@@ -77,8 +77,9 @@ def read_pickle(path: str | Path) -> Any:
         ValueError: If the file is no such file, is cut short, claims more than it holds, or calls a function.
     """
     path = Path(path)
+    protocol = 0
     try:
-        names = _names_in_zip(path) if zipfile.is_zipfile(path) else _names_in_legacy(path)
+        names, protocol = _names_in_zip(path) if zipfile.is_zipfile(path) else _names_in_legacy(path)
         with torch.serialization.safe_globals(_stand_ins(names)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old storages and protocols
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -86,14 +87,19 @@ def read_pickle(path: str | Path) -> Any:
         raise
     except pickle.UnpicklingError as error:
         inner = error.__context__ or error  # torch puts advice of its own, to load it all the same, before the reason
-        raise ValueError(_refusal(path, str(inner))) from error
+        raise ValueError(_refusal(path, str(inner), protocol)) from error
     except Exception as error:  # a torn or forged pickle ends in errors of any kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is no whole PyTorch checkpoint ({reason}): download or save it again.") from error
 
 
-def _refusal(path: Path, reason: str) -> str:
+def _refusal(path: Path, reason: str, protocol: int) -> str:
     reason = reason.splitlines()[0]
+    if reason.startswith("Unsupported operand") and protocol > torch.serialization.DEFAULT_PROTOCOL:
+        return (
+            f"{path} is whole, but was saved with pickle protocol {protocol}, which is not read: save it with torch's "
+            "default protocol, torch.save(model.state_dict(), FILE)."
+        )
     if name := re.search(r"GLOBAL ([\w.]+)", reason):
         reason = f"the pickle names {name[1]} as something to build or call"
     elif not reason.startswith(("Trying to call", "Can only")):
@@ -104,8 +110,8 @@ def _refusal(path: Path, reason: str) -> str:
     )
 
 
-def _names_in_zip(path: Path) -> set[str]:
-    """The classes and functions that the pickle in a zip archive names."""
+def _names_in_zip(path: Path) -> tuple[set[str], int]:
+    """The classes and functions that the pickle in a zip archive names, and its protocol."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -118,23 +124,26 @@ def _names_in_zip(path: Path) -> set[str]:
         if len(pickles) != 1:
             raise ValueError("a zip archive, but not one that torch.save writes: it has no single data.pkl")
         with archive.open(pickles[0]) as stream:
-            return set(_names(stream))
+            return _names(stream)
 
 
-def _names_in_legacy(path: Path) -> set[str]:
-    """The names in the pickles that a file of the first format starts with: magic number, version, system, content."""
-    found: set[str] = set()
+def _names_in_legacy(path: Path) -> tuple[set[str], int]:
+    """The same of the pickles that a file of the first format starts with: magic number, version, system, content."""
     with path.open("rb") as stream:
-        for _ in range(4):
-            found.update(_names(stream))
-    return found
+        found = [_names(stream) for _ in range(4)]
+    return set().union(*(names for names, _ in found)), max(protocol for _, protocol in found)
 
 
-def _names(stream: Any) -> Iterator[str]:
+def _names(stream: Any) -> tuple[set[str], int]:
+    names: set[str] = set()
+    protocol = 0
     for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name == "GLOBAL":
+        if opcode.name == "PROTO":
+            protocol = int(argument or 0)
+        elif opcode.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
-            yield f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{name}"
+            names.add(f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{name}")
+    return names, protocol
 
 
 def _stand_ins(names: set[str]) -> list[Any]:

@@ -15,6 +15,14 @@ _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema"
 _ENTRIES = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
 # What wrappers put before every name: DataParallel, torch.compile, Lightning, and losses beside the network.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+_SLACK = 1 << 20  # bytes by which small files may share more
+# Tensors that every checkpoint of a kind has, under a name that no other uses.
+MARKS = {
+    "torchvision": ("classifier.0.project.0.weight",),
+    "smp": ("segmentation_head.0.weight",),
+    "mmseg": ("decode_head.conv_seg.weight",),
+    "caffe": tuple(f"{wrapper}layer1.conv1.conv.weight" for wrapper in ("base.", "scale.", "")),
+}
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -36,15 +44,17 @@ def find_state_dict(
     Args:
         content: What `read_checkpoint` gave.
         source: The file, for messages.
-        size: Its bytes, which no tensor may exceed.
+        size: Its bytes, which no tensor may exceed, nor all together by far.
         entry: Entry of the checkpoint to take; None: an average of the weights (EMA) where there is one, which
             mmengine keeps in `state_dict`, else the first of the usual entries.
 
     Returns:
-        The state dict in float32, without prefixes that wrappers put before every name; and notes on what was done.
+        The state dict in float32, without prefixes that wrappers put before its names and without what they hold
+        beside the network (a loss's weights); and notes on what was done.
 
     Raises:
-        ValueError: If there is no state dict, or a tensor is not a plain one of finite numbers.
+        ValueError: If there is no state dict, or more than one network, or a tensor is not a plain one of finite
+            numbers.
     """
     notes: list[str] = []
     found, name = _entry(content, source, entry)
@@ -52,7 +62,7 @@ def find_state_dict(
         others = [key for key in (*_AVERAGES, *_ENTRIES) if key != name and _as_tensors(content.get(key))]
         beside = f"; not taken: {', '.join(others)}" if others else ""
         notes.append(f"Weights from the entry {name!r} of the checkpoint{beside}.")
-    tensors = _without_prefixes(found, notes)
+    tensors = _network(_without_prefixes(found, notes), source, notes)
     _check(tensors, source, size)
     kinds = sorted({str(value.dtype) for value in tensors.values() if value.is_floating_point()} - {"torch.float32"})
     if kinds:
@@ -89,16 +99,43 @@ def _as_tensors(value: Any) -> dict[str, torch.Tensor] | None:
         return None
     tensors = {key: item.detach() for key, item in value.items() if isinstance(item, torch.Tensor)}
     # Beside its tensors, a state dict may hold counters of a wrapper, but no other part of a checkpoint.
-    rest = [item for item in value.values() if not isinstance(item, (torch.Tensor, int, float))]
+    rest = [item for item in value.values() if not isinstance(item, (torch.Tensor, int, float, type(None)))]
     return tensors if tensors and not rest else None
 
 
 def _without_prefixes(tensors: dict[str, torch.Tensor], notes: list[str]) -> dict[str, torch.Tensor]:
     tensors = {key: value for key, value in tensors.items() if key not in ("n_averaged", "steps")}
-    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in tensors)), ""):
+    # Of no tensors at all, every prefix would be common for ever.
+    while tensors and (
+        prefix := next((each for each in _PREFIXES if all(key.startswith(each) for key in tensors)), "")
+    ):
         notes.append(f"The prefix {prefix!r} was taken from every name.")
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
+
+
+def _network(tensors: dict[str, torch.Tensor], source: str, notes: list[str]) -> dict[str, torch.Tensor]:
+    """The network alone, where a training loop saved it under a name of its own, beside others' tensors."""
+    if not tensors:
+        raise ValueError(f"{source} holds counters of an average, but no weights: give a checkpoint that has them.")
+    marks = sorted((mark for each in MARKS.values() for mark in each), key=len, reverse=True)
+    if any(mark in tensors for mark in marks):
+        return tensors
+    ends = ((key, next((mark for mark in marks if key.endswith(f".{mark}")), "")) for key in tensors)
+    prefixes = sorted({key.removesuffix(mark) for key, mark in ends if mark})
+    if not prefixes:
+        return tensors
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"{source} holds {len(prefixes)} networks, under {', '.join(map(repr, prefixes[:10]))}: save the state "
+            "dict of the one to convert, torch.save(model.state_dict(), FILE)."
+        )
+    prefix = prefixes[0]
+    rest = [plain_text(key) for key in tensors if not key.startswith(prefix)]
+    dropped = f"; left out, as no part of the network: {_few(rest)}" if rest else ""
+    whose = "the network's names" if rest else "every name"
+    notes.append(f"The prefix {plain_text(prefix)!r} was taken from {whose}{dropped}.")
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _check(tensors: dict[str, torch.Tensor], source: str, size: int) -> None:
@@ -109,8 +146,15 @@ def _check(tensors: dict[str, torch.Tensor], source: str, size: int) -> None:
     ]
     if odd:
         raise ValueError(f"{source} holds sparse, quantised or complex tensors, or none at all: {_few(odd)}.")
-    if large := [key for key, value in tensors.items() if value.numel() * value.element_size() > size]:
+    sizes = {key: value.numel() * value.element_size() for key, value in tensors.items()}
+    if large := [key for key, claimed in sizes.items() if claimed > size]:
         raise ValueError(f"{source} is smaller than tensors that it claims to hold: {_few(large)}.")
+    # Tied weights are stored once; tensors that share far more would fill the memory when copied.
+    if (claimed := sum(sizes.values())) > 2 * size + _SLACK:
+        raise ValueError(
+            f"{source} has {size} bytes, but its {len(sizes)} tensors, which share them, would take {claimed}: save "
+            "the state dict of a model, without other views of its tensors."
+        )
     if broken := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ValueError(f"{source} holds NaN or infinite values in {_few(broken)}: take an earlier checkpoint.")
 

@@ -302,6 +302,11 @@ class Network:
         self._add(Layer("pool", [taken], operator.outputs[0], options={"window": tuple(window)}))
 
     def _resizing(self, operator: TfliteOperator) -> None:
+        before, after = (self.shape(tensor)[1:3] for tensor in (operator.inputs[0], operator.outputs[0]))
+        # TensorFlow's decoder resizes the map of stride 4 to its own size. One cell is what a pooling gives.
+        if operator.kind == "RESIZE_BILINEAR" and before == after and min(before, default=0) > 0 and prod(before) > 1:
+            self._same_values(operator)
+            return
         taken = self._tensor(operator.inputs[0])
         options = dict(operator.options) if operator.kind == "RESIZE_BILINEAR" else {}
         if operator.kind != "RESIZE_BILINEAR" and any(size != 1 for size in self.shape(taken)[1:3]):

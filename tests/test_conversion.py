@@ -85,8 +85,11 @@ def test_torchvision_gives_the_same_logits(name):
     model = build(both)
     stride = PEERS[name][1]
     assert model.config.output_stride == model.backbone.reductions[-1] == stride
+    # A hundred layers of random weights amplify rounding: in float32 the peer is 1.7e-4 away from itself in float64.
+    dtype = torch.float64 if name == "resnet101" else torch.float32
+    model, peer = model.to(dtype), peer.to(dtype)
     for size in SIZES[stride]:
-        assert logit_difference(model, lambda x: peer(x)["out"], size) <= TOLERANCE, size
+        assert logit_difference(model, lambda x: peer(x)["out"], size, dtype) <= TOLERANCE, size
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_large", pytest.param("resnet50", marks=pytest.mark.slow)])

@@ -1,3 +1,5 @@
+import struct
+import tracemalloc
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from hf_ctxseg import CtxSegImageProcessor
-from hf_ctxseg.conversion_tflite import from_tflite
+from hf_ctxseg.conversion_tflite import _labels, from_tflite
 
 SHARED = Path(__file__).parents[2] / "shared"
 CHECKPOINT = SHARED / "checkpoints" / "deeplabv3_257_mv_gpu.tflite"
@@ -64,6 +66,13 @@ def test_the_converted_model_computes_what_the_graph_does(shape, storage):
     assert conversion.config.effective_rates == list(SHAPES[shape].get("rates", ()))
     assert conversion.config.backbone_kwargs == {"channel_multiplier": 0.25, "channel_divisor": 1}
     assert difference(build(conversion), picture(), expected) < 1e-5
+
+
+def test_the_picture_may_be_one_cell_of_the_deepest_map():
+    """Then the pooled branch is resized to the size that it has."""
+    export = Export(picture(16, 16))
+    logits = deeplab(export, **SHAPES["v3+ at 16 without rates"])
+    assert difference(build(from_tflite(export.to_bytes(logits))), picture(16, 16), logits.value) < 1e-5
 
 
 def test_the_order_of_the_branches_counts():
@@ -152,13 +161,69 @@ def test_21_classes_are_taken_to_be_those_of_voc_and_it_is_said():
     assert named.id2label[15] == "class 15" and named.palette is None
 
 
-def test_names_within_the_file_are_carried_over():
-    data, _ = write()
+def pack(data, text, method=zipfile.ZIP_DEFLATED, before=0):
+    """Append an archive as TensorFlow Lite's metadata does, with so many other files before the labels."""
     packed = BytesIO(data)
     packed.seek(0, 2)
-    with zipfile.ZipFile(packed, "a") as archive:
-        archive.writestr("labelmap.txt", "sky\nroad\ntree\ncar\nsign\n")
-    assert list(from_tflite(packed.getvalue()).config.id2label.values()) == ["sky", "road", "tree", "car", "sign"]
+    with zipfile.ZipFile(packed, "a", method) as archive:
+        for number in range(before):
+            archive.writestr(f"{number}.txt", "another text")
+        archive.writestr("labelmap.txt", text)
+    return packed.getvalue()
+
+
+NAMES = ["sky", "road", "tree", "car", "sign"]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_names_within_the_file_are_carried_over(method):
+    conversion = from_tflite(pack(write()[0], "\n".join(NAMES) + "\n", method, before=3))
+    assert list(conversion.config.id2label.values()) == NAMES
+
+
+def test_names_within_the_file_are_plain_text():
+    text = "\x1b[31msky\nroad\t\ntree\ncar\x07\nsign"
+    names = list(from_tflite(pack(write()[0], text)).config.id2label.values())
+    assert names == ["[31msky", *NAMES[1:]]
+    names = from_tflite(pack(write()[0], "sky\nroad\n\x07\ncar\nsign")).config.id2label.values()
+    assert next(iter(names)) == "LABEL_0"  # one is nothing but a control character
+
+
+def test_only_the_first_entries_of_an_archive_are_looked_at():
+    conversion = from_tflite(pack(write()[0], "\n".join(NAMES), before=32))
+    assert conversion.config.id2label[0] == "LABEL_0"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_that_inflates_beyond_what_it_states_is_not_inflated(method):
+    data = write()[0]
+    bomb = bytearray(pack(data, bytes(1 << 25), method))
+    place = bomb.rfind(b"PK\x01\x02") + 24
+    bomb[place : place + 4] = struct.pack("<I", 100)
+    tracemalloc.start()
+    try:
+        conversion = from_tflite(bytes(bomb))
+        assert tracemalloc.get_traced_memory()[1] < len(data) * 4 + (1 << 23)
+    finally:
+        tracemalloc.stop()
+    assert conversion.config.id2label[0] == "LABEL_0"
+
+
+def test_a_damaged_archive_is_left_out_and_it_is_said():
+    """Every byte of the labels' archive changed: names are those within, or there are none, but it never crashes."""
+    data = write()[0]
+    packed = pack(data, "\n".join(NAMES))
+    damaged = 0
+    for place in range(len(data), len(packed)):
+        changed = bytearray(packed)
+        changed[place] ^= 0xFF
+        labels, _, note = _labels(bytes(changed), 5, None)
+        assert "num_labels" in labels or list(labels["id2label"].values()) == NAMES
+        damaged += "cannot be read" in note
+    assert damaged > 50
+    start = packed.index(b"labelmap.txt", len(data)) + len(b"labelmap.txt")
+    changed = packed[:start] + b"\xff" + packed[start + 1 :]  # an invalid block of deflate
+    assert any("archive of labels within the file cannot be read" in note for note in from_tflite(changed).notes)
 
 
 def test_batch_normalisation_multiplies_by_one_exactly():

@@ -311,7 +311,8 @@ def deeplab(export, output_stride=8, rates=(), decoder=False, classes=5, hidden=
     x = export.conv(export.concat(*branches), hidden, activation="relu")
     if decoder:
         low = export.conv(low, 6, activation="relu")
-        x = export.concat(export.resize(x, low.value.shape[2:]), low)
+        size = low.value.shape[2:]
+        x = export.concat(export.resize(x, size), export.resize(low, size))  # TensorFlow's resizes both
         for _ in range(2):
             x = export.conv(export.conv(x, 0, 3, activation="relu", depthwise=True), hidden, activation="relu")
     return export.conv(x, classes, activation="")
