@@ -11,7 +11,7 @@ FAST := -m "not slow"
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-floor parity bench lint clean
+.PHONY: help demo test test-full test-floor parity bench soak lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ parity: $(PARITY)/.dev ## Compare converted models with the code bases that thei
 
 bench: $(PARITY)/.dev ## Measure time and memory against the formulas as written and the other code bases
 	$(PARITY)/bin/python scripts/benchmark.py --output_dir benchmark
+
+soak: $(VENV)/.dev ## Kill trainings at random moments and in every step of saving; SEED=1 draws others
+	OMP_NUM_THREADS=1 CTXSEG_SOAK_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/test_kill.py tests/test_survival.py
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
+
+from .class_weights import check_class_weights
+from .losses import parse_loss
+from .recipes import find_recipe
+from .trainer_options import TrainerOptions
 
 
 @dataclass
@@ -59,6 +64,13 @@ class DataArguments:
         default=None,
         metadata={"help": "Folder of images and masks, parquet file or folder, or name of a Hub data set."},
     )
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "Known data set (see `ctxseg models --recipes`) or a recipe file: its folders, label maps and "
+            "classes, and the schedule to start from."
+        },
+    )
     labels: str | None = field(
         default=None,
         metadata={"help": "Class names: a .txt (one a line) or .json file, or names separated by commas."},
@@ -75,6 +87,16 @@ class DataArguments:
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures in a table."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the label maps in a table."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training split of parquet or the Hub as it comes; needs --max_steps."},
+    )
+    shuffle_buffer: int = field(
+        default=300, metadata={"help": "Rows of a stream that each worker holds, encoded, to draw the next from."}
+    )
+    cache_gib: float = field(
+        default=0.0, metadata={"help": "Decoded training pictures kept in shared memory, in GiB per process; 0: none."}
+    )
     data_license: str | None = field(
         default=None, metadata={"help": "Licence of the data as the Hub spells it, for the model card: cc-by-nc-4.0"}
     )
@@ -100,7 +122,7 @@ class DataArguments:
 
 
 @dataclass
-class CtxSegTrainingArguments(TrainingArguments):
+class CtxSegTrainingArguments(TrainerOptions):
     """transformers' `TrainingArguments` with the defaults of this recipe, and what it lacks."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Run folder: model, card, figures, checkpoints."})
@@ -117,6 +139,20 @@ class CtxSegTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Of the schedule (polynomial: power 0.9 to a learning rate of 0)."}
+    )
+    loss: str = field(
+        default="cross_entropy",
+        metadata={"help": "cross_entropy, ohem, dice, lovasz, focal or a sum: 'cross_entropy+0.5*lovasz'"},
+    )
+    class_weights: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "Of the classes in the loss: none, median_frequency or effective_number, both measured from the "
+            "training labels, or one number for each class."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of the target that cross_entropy and ohem spread over all classes."}
     )
     freeze_batch_norm: str = field(
         default="none",
@@ -140,6 +176,10 @@ class CtxSegTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Lines instead of a progress bar."})
     resume: bool = field(
         default=False, metadata={"help": "Continue from the newest complete checkpoint of output_dir, or start."}
+    )
+    max_nan_steps: int = field(
+        default=3,
+        metadata={"help": "Stop after this many steps in a row without a finite loss; each of them is left out."},
     )
     channels_last: bool = field(
         default=True, metadata={"help": "Memory format of the weights on a GPU: faster with bf16 or fp16."}
@@ -175,12 +215,26 @@ class CtxSegTrainingArguments(TrainingArguments):
     def _refuse_unusable(self) -> None:
         if self.freeze_batch_norm not in ("none", "backbone", "all"):
             raise ValueError(f"freeze_batch_norm is {self.freeze_batch_norm!r}, but must be none, backbone or all.")
-        if self.label_smoothing_factor != 0:
-            raise ValueError("label_smoothing_factor is of no effect on pixel labels: leave it out.")
+        if self.max_nan_steps < 1:
+            raise ValueError(f"max_nan_steps is {self.max_nan_steps}, but must be at least 1.")
+        self._check_loss()
         if self.resume_from_checkpoint:
             raise ValueError("resume_from_checkpoint is not taken: --resume continues the run in output_dir.")
+        if self.save_only_model:
+            raise ValueError("save_only_model is not taken: such a checkpoint could not be continued from.")
         if self.push_to_hub:
             raise ValueError("push_to_hub is not taken: publish the finished run with `ctxseg push`.")
+
+    def _check_loss(self) -> None:
+        terms = parse_loss(self.loss)
+        self.class_weights = check_class_weights(self.class_weights)
+        if self.label_smoothing_factor != 0:
+            raise ValueError("label_smoothing_factor is of no effect on pixel labels: give --label_smoothing instead.")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, but must lie between 0 and 1: 0.1 is usual.")
+        for name, given in (("label_smoothing", self.label_smoothing), ("class_weights", self.class_weights)):
+            if given not in (0, ["none"]) and not any(term.accepts(name) for term in terms):
+                raise ValueError(f"{name} is of no effect on the loss {self.loss}: leave it out, or add a term to it.")
 
 
 Arguments = tuple[ModelArguments, DataArguments, CtxSegTrainingArguments]
@@ -259,6 +313,8 @@ def _as_flags(given: dict[str, Any]) -> list[str]:
 
 
 def _build(given: dict[str, Any]) -> Arguments:
+    if given.get("recipe"):
+        given = {**_starting_point(given), **given}
     built = []
     for kind in _CLASSES:
         names = {item.name for item in fields(kind) if item.init}
@@ -275,6 +331,17 @@ def _build(given: dict[str, Any]) -> Arguments:
     _check_pictures(model_arguments)
     _check(data_arguments)
     return model_arguments, data_arguments, training_arguments  # type: ignore[return-value]
+
+
+def _starting_point(given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's arguments; its steps give way to epochs that are given."""
+    values = dict(find_recipe(given["recipe"]).arguments)
+    for name in values:
+        if name not in _field_names():
+            raise ValueError(f"Recipe {given['recipe']}: {_unknown_message(str(name), 'argument')}")
+    if given.get("num_train_epochs") is not None:
+        values.pop("max_steps", None)
+    return values
 
 
 def _check_pictures(arguments: Any) -> None:
@@ -295,6 +362,9 @@ def _check(arguments: Any) -> None:
         raise ValueError(f"scale is {arguments.scale}, but must be two numbers above 0, the smaller first.")
     if not 0 < arguments.max_class_ratio <= 1:
         raise ValueError(f"max_class_ratio is {arguments.max_class_ratio}, but must be above 0 and at most 1.")
+    for name, least in (("shuffle_buffer", 1), ("cache_gib", 0)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"{name} is {getattr(arguments, name)}, but must be at least {least}.")
     if arguments.image_size is not None and arguments.image_size < 1:
         raise ValueError(f"image_size is {arguments.image_size}, but must be above 0.")
 
@@ -313,8 +383,9 @@ def short_help(stream: Any = None) -> None:
     stream = stream or sys.stdout
     for kind, title in zip(_CLASSES, ("Model", "Data", "Training"), strict=True):
         print(f"\n{title}", file=stream)
+        own = {**kind.__annotations__, **(TrainerOptions.__annotations__ if title == "Training" else {})}
         for item in fields(kind):
-            if item.name not in kind.__annotations__ or "Always" in item.metadata.get("help", "") or not item.init:
+            if item.name not in own or "Always" in item.metadata.get("help", "") or not item.init:
                 continue
             default: Any = item.default
             if item.default_factory is not MISSING:

@@ -129,6 +129,17 @@ class DilatedBackbone(TimmBackbone):
             return run_padded(self._backbone, pixel_values, self.pad_to, self.reductions)
         return to_channels_first(self._backbone, self._backbone(pixel_values))
 
+    @property
+    def stages(self) -> set[nn.Module]:
+        """The modules that give the network's maps, and those that hold them."""
+        levels = [level["module"].replace(".", "_") for level in self._backbone.feature_info.info]
+        return {self._backbone} | {
+            module
+            for name, module in self._backbone.named_modules()
+            if name == "model"  # where timm wraps a transformer
+            or any(f"{level}_".startswith(f"{name.removeprefix('model.').replace('.', '_')}_") for level in levels)
+        }
+
     def load_backbone_weights(self, weights: str | Path | Mapping[str, torch.Tensor] | None) -> None:
         """Load ImageNet weights into the network as it stands; its stride stays.
 

@@ -16,7 +16,7 @@ from .conversion_smp import from_smp
 from .conversion_torchvision import from_torchvision
 from .convert_mmseg_config import mmseg_classes, mmseg_config, mmseg_preprocessing, parse_mmseg_config
 from .label_sets import VOC_CLASSES, voc_palette
-from .model_card import read_json
+from .publishable import read_json
 from .state_dict import MARKS, find_state_dict, read_checkpoint
 
 

@@ -1,6 +1,7 @@
 """The command `ctxseg`: thin verbs over the functions of the package.
 
-Exit codes: 0 done, 1 some inputs failed, 2 usage or bad input, 130 interrupted.
+Exit codes: 0 done, 1 some inputs failed or a training could not go on, 2 usage or bad input, 130 and 143 ended by
+Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -21,12 +22,14 @@ VERBS = {
     "convert": "open a checkpoint of another code base, or write one for it",
     "push": "publish a run folder on the Hub",
     "models": "list heads, presets and backbones",
+    "doctor": "verify a run folder, a checkpoint or a saved model",
     "demo": "train on generated scenes, from nothing to an overlay, in a few minutes",
 }
 
 _TRAIN_HELP = """Examples:
   ctxseg train --data my_folder --backbone resnet50 --output_dir runs/a
   ctxseg train --data my_folder --model_name_or_path org/name --output_dir runs/b
+  ctxseg train --recipe cityscapes --data /data/cityscapes --preset deeplabv3plus-resnet50 --output_dir runs/e
   ctxseg train --data my_folder --output_dir runs/a --resume
   ctxseg train --config runs/a/args.yaml --output_dir runs/c
   torchrun --nproc_per_node 2 scripts/finetune.py --data my_folder --output_dir runs/d
@@ -52,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet()
     try:
         return _RUN[arguments[0]](arguments[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         hint = " The same command with --resume continues." if arguments[0] == "train" else ""
-        print(f"\nctxseg {arguments[0]}: interrupted.{hint}", file=sys.stderr)
-        return 130
+        print(f"\nctxseg {arguments[0]}: {str(error) or 'interrupted.' + hint}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)  # of a training that a signal ended
     except (ValueError, OSError) as error:
         if debug:
             raise
@@ -125,13 +128,28 @@ def _train(argv: list[str]) -> int:
         return 0 if argv else 2
     if "--help-all" in argv:
         argv = ["--help"]
-    arguments, given = parse_arguments(argv)
+    try:
+        arguments, given = parse_arguments(argv)
+    except (ValueError, OSError):
+        if os.environ.get("RANK", "0") != "0":  # of several processes, the first one tells
+            return 2
+        raise
     # What differs from a checkpoint is listed in our own words.
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
-    from .model_card import public_command
+    from .processes import is_lost_process
+    from .publishable import public_command
+    from .survival import TrainingStopped
     from .training import run_training
 
-    run_training(arguments, given, command=public_command(["train", *argv]))
+    try:
+        run_training(arguments, given, command=public_command(["train", *argv]))
+    except TrainingStopped as error:
+        print(f"ctxseg train: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        return 1
     return 0
 
 
@@ -139,6 +157,7 @@ def _eval(argv: list[str]) -> int:
     parser = _parser("eval", "ctxseg eval runs/a --data my_folder --split val")
     parser.add_argument("model", help="run folder, or name of a model on the Hub")
     parser.add_argument("--data", required=True, help="folder, parquet, or Hub data set")
+    parser.add_argument("--recipe", help="known data set (see ctxseg models --recipes), or a recipe file")
     parser.add_argument("--split", help="split that is scored (default: the validation split)")
     parser.add_argument("--labels", help="class names, where the data has none: file, or names with commas")
     parser.add_argument("--ignore_index", type=int, help="label value without a class")
@@ -146,6 +165,7 @@ def _eval(argv: list[str]) -> int:
     parser.add_argument("--label_column", help="column of the label maps in a table")
     parser.add_argument("--output_dir", help="where metrics and preview go (default: MODEL/eval-SPLIT)")
     parser.add_argument("--batch_size", type=int, default=1, help="pictures per step and device")
+    _add_views(parser)
     parser.add_argument("--report", choices=("table", "json", "csv"), default="table", help="what is printed")
     options = vars(parser.parse_args(argv))
     report = options.pop("report")
@@ -157,13 +177,21 @@ def _eval(argv: list[str]) -> int:
     return 0
 
 
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--window", type=int, help="edge of sliding windows in pixels (default: whole pictures)")
+    parser.add_argument("--overlap", type=float, default=0.5, help="share of a window that the next one covers too")
+    parser.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of windows")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="factors of the pictures' size")
+    parser.add_argument("--flip", action="store_true", help="look at each mirrored left to right, too")
+
+
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 def _print_scores(scores: dict[str, Any], report: str) -> None:
     from .run_folder import without_nan
-    from .trainer import score_table
+    from .scoring import score_table
 
     if report == "table":
         print(score_table(scores))
@@ -173,9 +201,10 @@ def _print_scores(scores: dict[str, Any], report: str) -> None:
         print(json.dumps(scores, indent=2, ensure_ascii=False))
     else:
         writer = csv.writer(sys.stdout)
-        writer.writerow(["class", "iou", "accuracy"])
+        writer.writerow(["class", "iou", "accuracy", "boundary_iou"])
         for name, iou in scores["per_category_iou"].items():
-            writer.writerow([name, iou, scores["per_category_accuracy"][name]])
+            accuracy, boundary = (scores[f"per_category_{measure}"][name] for measure in ("accuracy", "boundary_iou"))
+            writer.writerow([name, iou, accuracy, boundary])
 
 
 def _predict(argv: list[str]) -> int:
@@ -189,11 +218,14 @@ def _predict(argv: list[str]) -> int:
         metavar="X,Y",
         help="also draw what this pixel looks at in a model's non-local block: NAME_attention.png",
     )
+    _add_views(parser)
     options = parser.parse_args(argv)
     from .inference import Predictor, find_pictures, predict_files
 
     list(find_pictures(options.images))
-    written, failed = predict_files(Predictor(options.model), options.images, options.out, options.attention)
+    views = {name: getattr(options, name) for name in ("window", "overlap", "blend", "scales", "flip")}
+    predictor = Predictor(options.model, **views)
+    written, failed = predict_files(predictor, options.images, options.out, options.attention)
     for path in written:
         print(path)
     for message in failed:
@@ -292,7 +324,8 @@ def _ask(listing: str) -> bool:
 
 
 def _models(argv: list[str]) -> int:
-    parser = _parser("models", "ctxseg models [deeplabv3-resnet50]\n       ctxseg models --backbones '*resnet*'")
+    examples = "[deeplabv3-resnet50]", "--backbones '*resnet*'", "--recipes"
+    parser = _parser("models", "\n       ".join(f"ctxseg models {example}" for example in examples))
     parser.add_argument("name", nargs="?", help="preset or head whose configuration is printed")
     parser.add_argument(
         "--backbones",
@@ -301,23 +334,37 @@ def _models(argv: list[str]) -> int:
         metavar="PATTERN",
         help="list timm's networks by building and running each, a second apiece the first time; wildcards in quotes",
     )
+    parser.add_argument("--recipes", action="store_true", help="list the data sets that ctxseg train --recipe knows")
     parser.add_argument("--output_stride", type=int, help="only backbones that reach this stride")
     parser.add_argument("--all", action="store_true", help="also the networks that give no maps, with the reason")
     parser.add_argument("--report", choices=("table", "json", "csv"), default="table", help="what is printed")
     options = parser.parse_args(argv)
     if options.backbones is None and (options.all or options.output_stride is not None):
         parser.error("--output_stride and --all choose among --backbones: give it too")
+    if options.recipes and (options.name is not None or options.backbones is not None):
+        parser.error("--recipes lists data sets alone: leave out names and --backbones")
     if options.name is not None and (options.backbones is not None or options.report != "table"):
         parser.error(f"the configuration of {options.name} is printed alone, as JSON: leave out the flags")
-    from .listing import print_backbones, print_models, print_preset
+    from .listing import print_backbones, print_models, print_preset, print_recipes
 
-    if options.backbones is not None:
+    if options.recipes:
+        print_recipes(options.report)
+    elif options.backbones is not None:
         print_backbones(options.backbones, options.output_stride, options.report, options.all)
     elif options.name is not None:
         print_preset(options.name)
     else:
         print_models(options.report)
     return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    parser = _parser("doctor", "ctxseg doctor runs/a")
+    parser.add_argument("folder", help="run folder, checkpoint or saved model")
+    options = parser.parse_args(argv)
+    from .doctor import diagnose
+
+    return diagnose(options.folder)
 
 
 def _demo(argv: list[str]) -> int:
@@ -337,6 +384,7 @@ _RUN = {
     "convert": _convert,
     "push": _push,
     "models": _models,
+    "doctor": _doctor,
     "demo": _demo,
 }
 

@@ -25,8 +25,9 @@ from .conversion import Conversion
 from .conversion_back import mmseg_model, smp_arguments, to_mmseg, to_smp, to_torchvision
 from .convert_verify import Comparison, has_published_form, verify_conversion
 from .image_processing_ctxseg import CtxSegImageProcessor
-from .model_card import read_json, write_card
+from .model_card import write_card
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .publishable import read_json
 from .registry import find_head, head_name
 from .run_folder import write_json
 from .state_dict import plain_text, read_checkpoint

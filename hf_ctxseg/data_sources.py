@@ -147,12 +147,16 @@ def _by_stem(root: Path, folder: Path, suffixes: tuple[str, ...]) -> dict[str, P
     return stems
 
 
-def load_tables(path: Path, try_hub: bool) -> "dict[str, datasets.Dataset] | None":
+def load_tables(
+    path: Path, try_hub: bool, streaming: bool = False, split: str | None = None
+) -> "dict[str, datasets.Dataset | datasets.IterableDataset] | None":
     """Load the tables of a data set: parquet, written by `save_to_disk`, or on the Hub.
 
     Args:
         path: File, folder, or Hub name.
         try_hub: Whether a name that is no path but could be one of the Hub is looked up there.
+        streaming: Whether to give streams, of parquet and from the Hub.
+        split: The only one to load; None: all.
 
     Returns:
         Split to table, or None if the path is a folder without tables.
@@ -166,42 +170,58 @@ def load_tables(path: Path, try_hub: bool) -> "dict[str, datasets.Dataset] | Non
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             from datasets import load_from_disk
 
+            if streaming:
+                raise ValueError(f"{path.name} was written by save_to_disk, which needs no loading: drop --streaming.")
             return as_tables(_readable(path.name, lambda: load_from_disk(str(path))))
         files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-        return _load_parquet(path.name, files) if files else None
+        return _load_parquet(path.name, files, streaming, split) if files else None
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise ValueError(
                 f"{path.name} is a file, but a folder, a .parquet file or a Hub name is needed; {LAYOUTS}."
             )
-        return {WHOLE: next(iter(_load_parquet(path.name, [path]).values()))}
+        return {WHOLE: next(iter(_load_parquet(path.name, [path], streaming).values()))}
     name = path.as_posix()
     if try_hub and re.fullmatch(r"[A-Za-z0-9][\w-]*(/[A-Za-z0-9][\w.-]*)?", name):
-        return as_tables(_load_hub(name))
+        return as_tables(_load_hub(name, streaming, split), split)
     beside = path.absolute().parent
     names = [folder.name for folder in _subfolders(beside)] if beside.is_dir() else []
     raise FileNotFoundError(f"There is no folder {name}{near(path.name, names)}; give the path of a data set.")
 
 
-def as_tables(data: Any) -> "dict[str, datasets.Dataset]":
-    """Give a `datasets.Dataset` or `DatasetDict` as split to table.
+def as_tables(data: Any, split: str | None = None) -> "dict[str, datasets.Dataset | datasets.IterableDataset]":
+    """Give a data set of `datasets`, streamed or not, or a mapping of such as split to table.
+
+    Args:
+        data: The data set.
+        split: What a single one is called.
 
     Raises:
-        ValueError: If it is another thing, streamed data included.
+        ValueError: If it is another thing.
     """
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
-    if isinstance(data, Dataset):
-        return {WHOLE: data}
-    if isinstance(data, Mapping) and data and all(isinstance(table, Dataset) for table in data.values()):
+    kinds = (Dataset, IterableDataset)
+    if isinstance(data, kinds):
+        return {split or WHOLE: data}
+    if isinstance(data, Mapping) and data and all(isinstance(table, kinds) for table in data.values()):
         return {str(name): table for name, table in data.items()}
     raise ValueError(
-        f"The data is a {type(data).__name__}, but a folder, a Hub name, a datasets.Dataset or a DatasetDict of them "
-        f"is needed; load streamed data whole."
+        f"The data is a {type(data).__name__}, but a folder, a Hub name, a datasets.Dataset, an IterableDataset or a "
+        f"mapping of splits to such is needed."
     )
 
 
-def _load_parquet(name: str, files: list[Path]) -> "dict[str, datasets.Dataset]":
+def is_stream(table: Any) -> bool:
+    """Whether a table of `datasets` is read in order alone."""
+    from datasets import IterableDataset
+
+    return isinstance(table, IterableDataset)
+
+
+def _load_parquet(
+    name: str, files: list[Path], streaming: bool = False, split: str | None = None
+) -> "dict[str, datasets.Dataset | datasets.IterableDataset]":
     from datasets import load_dataset
 
     splits: dict[str, list[str]] = {}
@@ -209,7 +229,9 @@ def _load_parquet(name: str, files: list[Path]) -> "dict[str, datasets.Dataset]"
         # Named as the Hub does: train-00000-of-00002.parquet
         start = re.match(r"[A-Za-z]\w*", file.stem)
         splits.setdefault(start.group() if start else "train", []).append(str(file))
-    return dict(_readable(name, lambda: load_dataset("parquet", data_files=splits)))
+    if split is not None:
+        splits = {split: splits[split]}
+    return dict(_readable(name, lambda: load_dataset("parquet", data_files=splits, streaming=streaming)))
 
 
 def _readable(name: str, load: Callable[[], Any]) -> Any:
@@ -221,7 +243,7 @@ def _readable(name: str, load: Callable[[], Any]) -> Any:
         raise ValueError(f"{name} cannot be read as a table: {type(cause).__name__}: {cause}") from error
 
 
-def _load_hub(name: str) -> Any:
+def _load_hub(name: str, streaming: bool, split: str | None) -> Any:
     from datasets import config, load_dataset
     from datasets.naming import camelcase_to_snakecase
     from huggingface_hub import HfApi
@@ -233,7 +255,7 @@ def _load_hub(name: str) -> Any:
     try:
         if not cached:  # asked once first, since datasets would try again for half a minute
             HfApi().dataset_info(name, timeout=HUB_SECONDS)
-        return load_dataset(name)
+        return load_dataset(name, **({"streaming": True} if streaming else {}), **({"split": split} if split else {}))
     except GatedRepoError as error:
         raise ValueError(
             f"{found}: it is gated. Ask for access on its page and log in with `hf auth login`."
@@ -257,13 +279,15 @@ def _is_picture(feature: Any) -> bool:
     return isinstance(feature, Image) or (isinstance(feature, Mapping) and "bytes" in feature)
 
 
-def pick_columns(table: "datasets.Dataset", image_column: str | None, label_column: str | None) -> tuple[str, str]:
+def pick_columns(table: Any, image_column: str | None, label_column: str | None) -> tuple[str, str]:
     """Choose the columns of images and label maps, by the names given or else by what they are usually called.
 
     Raises:
         ValueError: If a named column is missing or none can be guessed; lists the columns.
     """
     features = table.features
+    if features is None:
+        raise ValueError("The stream does not say what its columns hold: pass one whose features are known.")
     kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
     pictures = [name for name, feature in features.items() if _is_picture(feature)]
     chosen = []
@@ -280,11 +304,11 @@ def pick_columns(table: "datasets.Dataset", image_column: str | None, label_colu
     return chosen[0], chosen[1]
 
 
-def table_class_names(tables: "Mapping[str, datasets.Dataset]", label_column: str | None) -> tuple[str, ...] | None:
+def table_class_names(tables: Mapping[str, Any], label_column: str | None) -> tuple[str, ...] | None:
     """Class names that the label column's feature carries, if any."""
     for table in tables.values():
         for column in [label_column] if label_column else LABEL_COLUMNS:
-            feature = table.features.get(column)
+            feature = (table.features or {}).get(column)
             names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
             if names:
                 return tuple(names)

@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
 from .backbone import packaged_weights
+from .console import duration
 from .demo_scenes import CLASSES, pixel_color_miou, render_scene, write_demo_dataset
 from .inference import predict
-from .trainer import duration
 from .training import train
 
 BACKBONE = "tf_efficientnet_lite0"

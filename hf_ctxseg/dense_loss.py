@@ -5,6 +5,7 @@ annotation and its gradient). The forward pass makes them block by block, and th
 the last thing a forward pass computes, and one tensor of the logits' own size is all that its backward pass needs.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -49,46 +50,63 @@ def upsampled_cross_entropy(
         ValueError: If the labels are not (B, H, W) class indices of 0 … K - 1 or `ignore_index`, or the weights not
             one for each class.
     """
-    labels = _checked(logits, labels, class_weights, label_smoothing)
+    labels = check_labels(logits, labels, ignore_index, class_weights)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing!r}, but must lie between 0 and 1: 0.1 is usual.")
     if class_weights is not None:
         class_weights = class_weights.detach().to(logits.device, computing_type(logits))
     options = _Options(ignore_index, align_corners, class_weights, label_smoothing)
-    if torch.compiler.is_compiling() or logits.is_meta:  # a compiler plans its own loops
-        return _plain(logits, labels, options)
-    _check_values(labels, logits.shape[1], ignore_index)
     shrinks = labels[0].numel() <= logits[0, 0].numel() if len(labels) else False  # nothing large to avoid
-    if shrinks or plain_formulas():
+    # A compiler plans its own loops.
+    if shrinks or logits.is_meta or torch.compiler.is_compiling() or plain_formulas():
         return _plain(logits, labels, options)
+    return loss_with_gradient(logits, lambda logits, gradient: _loss(logits, labels, options, gradient))
+
+
+Formula = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def loss_with_gradient(logits: torch.Tensor, formula: Formula) -> torch.Tensor:
+    """Make a loss that autograd knows of a formula that gives its value and its gradient at once.
+
+    Args:
+        logits: (B, K, h, w).
+        formula: Called with the logits and, where autograd records, a tensor of zeros of their shape in their
+            computing type, into which it writes the gradient; else with None. It gives the loss.
+
+    Returns:
+        The loss, a scalar that can be differentiated once.
+    """
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss: torch.Tensor = _UpsampledCrossEntropy.apply(logits, labels, options)
+        loss: torch.Tensor = _LossWithGradient.apply(logits, formula)
         return loss
-    return _loss(logits, labels, options, gradient=None)
+    with torch.no_grad():
+        return formula(logits, None)
 
 
-class _UpsampledCrossEntropy(torch.autograd.Function):
+class _LossWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, options: _Options) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, formula: Formula) -> torch.Tensor:
         gradient = torch.zeros_like(logits, dtype=computing_type(logits))
-        loss = _loss(logits, labels, options, gradient)
+        loss = formula(logits, gradient)
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
         return loss
 
     @staticmethod
     @only_once
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output).to(ctx.dtype), None, None
+        return (gradient * grad_output).to(ctx.dtype), None
 
 
-@torch.no_grad()
 def _loss(
     logits: torch.Tensor, labels: torch.Tensor, options: _Options, gradient: torch.Tensor | None
 ) -> torch.Tensor:
     """Give the loss and, with a tensor of zeros for it, write its gradient with respect to the logits."""
     valid = labels != options.ignore_index
     labels = labels.masked_fill(~valid, 0)
-    pixel_weights = _pixel_weights(logits, labels, valid, options)  # (B, H, W)
+    pixel_weights = pixel_weights_of(labels, valid, options.class_weights, computing_type(logits))  # (B, H, W)
     row_sums = pixel_weights.new_empty(labels.shape[:2])  # (B, H)
     size = (labels.shape[1], labels.shape[2])
     for pictures, rows, values in upsampled_blocks(logits, size, options.align_corners, gradient):
@@ -139,27 +157,37 @@ def _block_loss(
     return loss.sum(dim=(2, 3))
 
 
-def _pixel_weights(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, options: _Options) -> torch.Tensor:
-    """Weight of each pixel in the mean, (B, H, W): that of its class, 0 where it does not count."""
-    if options.class_weights is None:
-        return valid.to(computing_type(logits))
-    return options.class_weights[labels] * valid
+def pixel_weights_of(
+    labels: torch.Tensor, valid: torch.Tensor, class_weights: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Weight of each pixel in a mean, (B, H, W): that of its class, 0 where it is not valid."""
+    return valid.to(dtype) if class_weights is None else class_weights[labels] * valid
+
+
+def upsampled(logits: torch.Tensor, labels: torch.Tensor, align_corners: bool) -> torch.Tensor:
+    """The logits (B, K, H, W) at the labels' size, all at once: what the plain formulas take."""
+    return upsample(logits, (labels.shape[1], labels.shape[2]), align_corners)
 
 
 def _plain(logits: torch.Tensor, labels: torch.Tensor, options: _Options) -> torch.Tensor:
     ignore_index, align_corners, class_weights, label_smoothing = options
-    upsampled = upsample(logits, (labels.shape[1], labels.shape[2]), align_corners)  # (B, K, H, W)
     loss = F.cross_entropy(
-        upsampled, labels, class_weights, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+        upsampled(logits, labels, align_corners),
+        labels,
+        class_weights,
+        ignore_index=ignore_index,
+        reduction="sum",
+        label_smoothing=label_smoothing,
     )
     valid = labels != ignore_index
-    total = _pixel_weights(logits, labels.masked_fill(~valid, 0), valid, options).sum()
+    total = pixel_weights_of(labels.masked_fill(~valid, 0), valid, class_weights, loss.dtype).sum()
     return loss * torch.where(total > 0, 1 / total, 0)
 
 
-def _checked(
-    logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None, label_smoothing: float
+def check_labels(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, class_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """Give the labels as int64; raises `ValueError` if they, or the weights, do not fit the logits."""
     if labels.dim() != 3 or labels.shape[0] != logits.shape[0] or labels.is_floating_point():
         raise ValueError(
             f"labels are a {labels.dtype} tensor of shape {tuple(labels.shape)}, but for logits {tuple(logits.shape)} "
@@ -170,9 +198,10 @@ def _checked(
             f"class_weights have the shape {tuple(class_weights.shape)}, but there are {logits.shape[1]} classes: "
             f"give ({logits.shape[1]},) weights."
         )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing!r}, but must lie between 0 and 1: 0.1 is usual.")
-    return labels.long()
+    labels = labels.long()
+    if not torch.compiler.is_compiling() and not labels.is_meta:
+        _check_values(labels, logits.shape[1], ignore_index)
+    return labels
 
 
 def _check_values(labels: torch.Tensor, num_labels: int, ignore_index: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from .attention import attention_picture, check_has_block, heat_map
 from .image_processing_ctxseg import CtxSegImageProcessor, open_image, to_8_bit, to_rgb
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .sliding import Blend
+from .views import PLAIN, Views, segment, view_maps
 from .visualization import default_palette, mask_to_image, overlay, with_legend
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -60,9 +63,15 @@ class Predictor:
         processor: Its image processor; by default the one saved beside the weights, for a model that was never saved
             one that normalises as its backbone was pretrained.
         device: Where to compute; by default a GPU if there is one. A model object stays where it is.
+        window: Edge of sliding windows in pixels; None segments the whole picture at once.
+        overlap: Share of a window that the next one covers too.
+        blend: Weights of overlapping windows: gaussian or constant.
+        scales: Factors of the picture's size; the probabilities of several are averaged.
+        flip: Whether to segment each mirrored left to right, too, and average.
 
     Raises:
-        ValueError: If the model cannot be found or is no segmentation model of this package.
+        ValueError: If the model cannot be found or is no segmentation model of this package, or an option is out of
+            range.
     """
 
     def __init__(
@@ -70,7 +79,14 @@ class Predictor:
         model: str | Path | CtxSegForSemanticSegmentation,
         processor: CtxSegImageProcessor | None = None,
         device: str | torch.device | None = None,
+        *,
+        window: int | None = None,
+        overlap: float = 0.5,
+        blend: Blend = "gaussian",
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
     ) -> None:
+        self.views = Views(window, overlap, blend, tuple(scales), flip)
         if isinstance(model, (str, Path)):
             self.model, saved = load_run(model)
             self.processor = processor or saved
@@ -87,7 +103,8 @@ class Predictor:
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Prediction:
         """Segment one picture: a path, a Pillow picture, or an array (H, W), (H, W, 3) or (3, H, W)."""
         picture = self._open(image)
-        return Prediction(predict_mask(self.model, self.processor, picture), self.names, self.palette, picture)
+        mask = predict_mask(self.model, self.processor, picture, self.views)
+        return Prediction(mask, self.names, self.palette, picture)
 
     def attention(self, image: str | Path | Image.Image | np.ndarray, query: tuple[int, int]) -> np.ndarray:
         """Give the attention weights (H, W) of the pixel `query` (x, y); see `attention_map`."""
@@ -107,6 +124,7 @@ def predict(
     image: str | Path | Image.Image | np.ndarray,
     processor: CtxSegImageProcessor | None = None,
     device: str | torch.device | None = None,
+    **views: Any,
 ) -> Prediction:
     """Segment one picture; for many, make a `Predictor` once.
 
@@ -115,15 +133,16 @@ def predict(
         image: A path, a Pillow picture, or an array (H, W), (H, W, 3) or (3, H, W).
         processor: The image processor; by default the model's own.
         device: Where to compute; by default a GPU if there is one.
+        **views: `window`, `overlap`, `blend`, `scales` and `flip` of `Predictor`.
 
     Returns:
         An object with `mask` (H, W), `overlay` (a picture with legend) and `areas` (share by class name).
 
     Raises:
-        ValueError: If the model or the picture cannot be read.
+        ValueError: If the model or the picture cannot be read, or an option is out of range.
         FileNotFoundError: If there is no such picture.
     """
-    return Predictor(model, processor, device)(image)
+    return Predictor(model, processor, device, **views)(image)
 
 
 def attention_map(
@@ -156,16 +175,24 @@ def attention_map(
 
 
 def predict_mask(
-    model: CtxSegForSemanticSegmentation, processor: CtxSegImageProcessor, picture: Image.Image
+    model: CtxSegForSemanticSegmentation,
+    processor: CtxSegImageProcessor,
+    picture: Image.Image,
+    views: Views = PLAIN,
 ) -> np.ndarray:
     """Segment one RGB picture: class indices (H, W) at its own size, the model in evaluation mode."""
     was_training = model.training
     model.eval()
-    inputs = processor(images=picture, return_tensors="pt")
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(pixels.to(model.device, model.dtype)).logits
+        return logits
+
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
-        outputs = model(inputs["pixel_values"].to(model.device, model.dtype))
+        maps = view_maps(forward, pixels, views, model.config.output_stride)
+        mask = segment(maps, (picture.height, picture.width), processor.align_corners)[0]
     model.train(was_training)
-    mask = processor.post_process_semantic_segmentation(outputs, [(picture.height, picture.width)])[0]
     return mask.cpu().numpy()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from .samples import ClassInfo, Samples, read_pair
+from .samples import ClassInfo, Label, Samples, read_pair
 from .visualization import contact_sheet
 
 SHOWN = 10
@@ -25,6 +25,7 @@ class LabelStatistics:
         ignored: Pixels with ignore_index.
         num_images: Number of samples.
         images_per_class: Images in which each class occurs, int64 (K,).
+        image_pixels: Pixels of these images, of whatever class, int64 (K,).
         sizes: Lowest and highest (height, width), each edge on its own.
     """
 
@@ -32,6 +33,7 @@ class LabelStatistics:
     ignored: int
     num_images: int
     images_per_class: npt.NDArray[np.int64]
+    image_pixels: npt.NDArray[np.int64]
     sizes: tuple[tuple[int, int], tuple[int, int]]
 
     def table(self, class_names: tuple[str, ...]) -> str:
@@ -56,7 +58,9 @@ class LabelStatistics:
 
 
 @dataclass(frozen=True)
-class _Counts:
+class LabelCounts:
+    """Values of a label map with their pixels, and its (height, width)."""
+
     values: npt.NDArray[np.int64]
     pixels: npt.NDArray[np.int64]
     size: tuple[int, int]
@@ -84,7 +88,7 @@ def scan_labels(
     if not len(samples):
         raise ValueError(f"{split}: there are no images.")
     num_labels = classes.num_labels
-    histogram, images_per_class = np.zeros(num_labels, np.int64), np.zeros(num_labels, np.int64)
+    histogram, images_per_class, image_pixels = np.zeros((3, num_labels), np.int64)
     ignored, sizes, problems = 0, set(), []
     for i, found in enumerate(_read_all(samples, split, num_workers, progress)):
         if isinstance(found, str):
@@ -92,10 +96,11 @@ def scan_labels(
             continue
         inside = (found.values >= 0) & (found.values < num_labels)
         void = found.values == classes.ignore_index
-        if not (inside | void).all():
-            problems.append(_outside(samples.label_name(i), found, ~(inside | void), classes))
+        if problem := describe_strangers(samples.label_name(i), found, classes):
+            problems.append(problem)
         histogram[found.values[inside]] += found.pixels[inside]
         images_per_class[found.values[inside]] += 1
+        image_pixels[found.values[inside]] += found.size[0] * found.size[1]
         ignored += int(found.pixels[void].sum())
         sizes.add(found.size)
     if problems:
@@ -109,23 +114,19 @@ def scan_labels(
         )
     edges = np.array(sorted(sizes))
     smallest, largest = edges.min(0).tolist(), edges.max(0).tolist()
-    return LabelStatistics(histogram, ignored, len(samples), images_per_class, (tuple(smallest), tuple(largest)))
+    sizes_found = (tuple(smallest), tuple(largest))
+    return LabelStatistics(histogram, ignored, len(samples), images_per_class, image_pixels, sizes_found)
 
 
-def _read_all(samples: Samples, split: str, num_workers: int | None, progress: bool) -> Iterator[_Counts | str]:
+def _read_all(samples: Samples, split: str, num_workers: int | None, progress: bool) -> Iterator[LabelCounts | str]:
     """Counts, or what is wrong, of each sample in order."""
 
-    def read(i: int) -> _Counts | str:
+    def read(i: int) -> LabelCounts | str:
         try:
             _, label = read_pair(samples, i)
         except ValueError as error:
             return str(error)
-        if label.dtype == np.uint8:
-            pixels = np.bincount(label.ravel(), minlength=256)
-            values = np.flatnonzero(pixels)
-            return _Counts(values, pixels[values], label.shape)
-        values, pixels = np.unique(label, return_counts=True)
-        return _Counts(values.astype(np.int64), pixels, label.shape)
+        return count_values(label)
 
     # Threads suffice: Pillow decodes without holding the interpreter's lock
     pool = ThreadPoolExecutor(num_workers or min(16, os.cpu_count() or 1))
@@ -144,7 +145,21 @@ def _read_all(samples: Samples, split: str, num_workers: int | None, progress: b
         pool.shutdown(cancel_futures=True)  # at an interrupt, do not read the rest first
 
 
-def _outside(name: str, found: _Counts, outside: npt.NDArray[np.bool_], classes: ClassInfo) -> str:
+def count_values(label: Label) -> LabelCounts:
+    """Count the pixels of each value in a label map (H, W)."""
+    if label.dtype == np.uint8:
+        pixels = np.bincount(label.ravel(), minlength=256)
+        values = np.flatnonzero(pixels)
+        return LabelCounts(values, pixels[values], label.shape)
+    values, pixels = np.unique(label, return_counts=True)
+    return LabelCounts(values.astype(np.int64), pixels, label.shape)
+
+
+def describe_strangers(name: str, found: LabelCounts, classes: ClassInfo) -> str:
+    """Say which values of a label map are neither a class nor ignored; empty if there are none."""
+    outside = ((found.values < 0) | (found.values >= classes.num_labels)) & (found.values != classes.ignore_index)
+    if not outside.any():
+        return ""
     values, pixels = found.values[outside].tolist(), found.pixels[outside].tolist()
     shown = " and ".join(f"{v} ({p} pixel{'s' * (p != 1)})" for v, p in zip(values[:3], pixels[:3], strict=True))
     more = f" and {len(values) - 3} other values" if len(values) > 3 else ""

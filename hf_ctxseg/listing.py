@@ -12,6 +12,7 @@ import torch
 
 from .catalogue import BackboneInfo, backbone_names, check_backbones, serves
 from .presets import find_preset, list_models, preset
+from .recipes import find_recipe, recipe_names
 from .registry import find_head
 
 # Fewer networks are checked before further processes have started.
@@ -26,16 +27,30 @@ def print_models(report: str) -> None:
         reported = entry.reported or f"{find_head(entry.head)[2].__name__} with its defaults"
         rows.append([entry.name, entry.head, config.backbone, config.output_stride, reported])
     columns = ["name", "head", "backbone", "output_stride", "reported"]
+    _print_rows(columns, rows, report)
+    if report == "table":
+        print(
+            "\nctxseg train --preset NAME trains one; ctxseg models NAME shows its configuration;\n"
+            "ctxseg models --backbones lists the networks that can stand in for its backbone."
+        )
+
+
+def print_recipes(report: str) -> None:
+    """Print the known data sets, in the form `table`, `json` or `csv`."""
+    found = [find_recipe(name) for name in recipe_names()]
+    rows = [[recipe.name, recipe.classes.num_labels, recipe.title] for recipe in found]
+    _print_rows(["name", "classes", "title"], rows, report)
+    if report == "table":
+        print("\nctxseg train --recipe NAME --data FOLDER starts from its schedule; flags that are given win.")
+
+
+def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], report: str) -> None:
     if report == "json":
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
     elif report == "csv":
         csv.writer(sys.stdout).writerows([columns, *rows])
     else:
         _print_table(columns, rows)
-        print(
-            "\nctxseg train --preset NAME trains one; ctxseg models NAME shows its configuration;\n"
-            "ctxseg models --backbones lists the networks that can stand in for its backbone."
-        )
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

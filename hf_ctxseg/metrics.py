@@ -83,17 +83,19 @@ def scores(matrix: NDArray[Any]) -> dict[str, Any]:
         matrix: Counts (K, K), rows reference, columns prediction.
 
     Returns:
-        `mean_iou`, `mean_accuracy`, `overall_accuracy` as floats in 0..1 (NaN where no pixel was counted), and
-        `per_category_iou`, `per_category_accuracy` as lists of K floats, NaN for absent classes.
+        `mean_iou`, `frequency_weighted_iou` (each class by its share of the reference), `mean_accuracy` and
+        `overall_accuracy` as floats in 0..1 (NaN where no pixel was counted), and `per_category_iou`,
+        `per_category_accuracy` as lists of K floats, NaN for absent classes.
     """
     hits = np.diagonal(matrix).astype(np.float64)
     in_reference, in_prediction = matrix.sum(axis=1), matrix.sum(axis=0)
-    iou = _ratio(hits, in_reference + in_prediction - hits)
-    accuracy = _ratio(hits, in_reference)
+    iou = ratio(hits, in_reference + in_prediction - hits)
+    accuracy = ratio(hits, in_reference)
     return {
-        "mean_iou": _mean(iou),
-        "mean_accuracy": _mean(accuracy),
-        "overall_accuracy": float(_ratio(hits.sum(keepdims=True), in_reference.sum(keepdims=True))[0]),
+        "mean_iou": mean_of_present(iou),
+        "frequency_weighted_iou": _weighted_mean(iou, in_reference),
+        "mean_accuracy": mean_of_present(accuracy),
+        "overall_accuracy": float(ratio(hits.sum(keepdims=True), in_reference.sum(keepdims=True))[0]),
         "per_category_iou": iou.tolist(),
         "per_category_accuracy": accuracy.tolist(),
     }
@@ -270,12 +272,19 @@ def _refuse_illegal(side: str, values: torch.Tensor, num_labels: int, also: str)
     )
 
 
-def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
-    ratio = np.full(part.shape, np.nan)
-    np.divide(part, whole, out=ratio, where=whole > 0)
-    return ratio
+def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """Divide; NaN where there is nothing to divide by."""
+    quotient = np.full(part.shape, np.nan)
+    np.divide(part, whole, out=quotient, where=whole > 0)
+    return quotient
 
 
-def _mean(values: NDArray[np.float64]) -> float:
+def mean_of_present(values: NDArray[np.float64]) -> float:
+    """Mean of the values that are not NaN; NaN where all are."""
     present = values[~np.isnan(values)]
     return float(present.mean()) if len(present) else float("nan")
+
+
+def _weighted_mean(values: NDArray[np.float64], weights: NDArray[Any]) -> float:
+    present = weights > 0
+    return float(np.average(values[present], weights=weights[present])) if present.any() else float("nan")

@@ -1,5 +1,6 @@
 """The model that a training starts from: a pretrained backbone with a new head, or one of our checkpoints."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def build_model(
     model, origin = _with_backbone_weights(segmentation_class, config, arguments.backbone_weights)
     processor = CtxSegImageProcessor.for_backbone(config.backbone, align_corners=config.align_corners, **given)
     return model, processor, origin
+
+
+def at_output_stride(model: CtxSegForSemanticSegmentation, output_stride: int) -> CtxSegForSemanticSegmentation:
+    """Make a model of the same architecture at another output stride, with rates as its configuration scales them.
+
+    It has the names of the model's tensors, but tensors of its own.
+
+    Raises:
+        ValueError: If the backbone does not reach the stride.
+    """
+    config = copy.deepcopy(model.config)
+    config.output_stride = output_stride
+    with torch.random.fork_rng(devices=[]):  # the seed's numbers stay for what is trained
+        return type(model)(config)
 
 
 def _fit(edge: int) -> dict[str, Any]:

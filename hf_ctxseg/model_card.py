@@ -6,15 +6,15 @@ whatever a user may name (classes, data sets, folders) is escaped for Markdown a
 """
 
 import json
-import math
 import os
 import re
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .publishable import base_name, public_json
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -39,15 +39,9 @@ _SETTINGS = {
     "init_from": "started from",
     "train_loss": "training loss",
 }
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}(?![\w-])")
-_SECRET_OPTION = re.compile(r"-+(?:.*[_-])?(?:token|password|secret|api[_-]key)", re.IGNORECASE)
-_PATH_START = re.compile(r"(?:file://)?(?:~[^/\\]*|[A-Za-z]:|\.\.)?[/\\]\S")
-_QUOTED_PATH = re.compile(r"""(["'])(?:file://)?(?:~[^/\\"']*|[A-Za-z]:|\.\.)?[/\\][^"'\n]*\1""")
-_BARE_PATH = re.compile(
-    r"""(?<![\w.:/\\~*-])(?:file://)?(?:~[\w.-]*|[A-Za-z]:|\.\.)?(?:[/\\]+[^\s/\\"'`|<>;,()\[\]{}]+)+[/\\]*"""
-)
+_IOUS = {"mean_iou": "mean IoU", "frequency_weighted_iou": "frequency-weighted IoU", "boundary_iou": "boundary IoU"}
+_MEASURES = {**_IOUS, "mean_accuracy": "mean accuracy", "overall_accuracy": "overall accuracy"}
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
-_USER_NAMED = ("id2label", "label2id", "classes")
 
 
 def render_card(
@@ -81,6 +75,7 @@ def render_card(
         **_limits_and_licence(config, metrics),
         **_conversion(metrics),
         "preview": next((picture for picture in pictures if picture.startswith("previews/")), None),
+        "confusion_picture": "confusion.png" if "confusion.png" in pictures else None,
         "per_class_picture": "per_class.png" if "per_class.png" in pictures else None,
         "curves": "curves.png" if "curves.png" in pictures else None,
     }
@@ -101,94 +96,8 @@ def card_pictures(run: Path) -> list[str]:
     """List the pictures that the card shows, as paths inside the run folder: the newest preview and the plots."""
     previews = [path for path in Path(run).glob("previews/step-*.png") if re.fullmatch(r"step-\d+", path.stem)]
     newest = sorted(previews, key=lambda path: int(path.stem.removeprefix("step-")))[-1:]
-    plots = [name for name in ("per_class.png", "curves.png") if (Path(run) / name).is_file()]
+    plots = [name for name in ("per_class.png", "confusion.png", "curves.png") if (Path(run) / name).is_file()]
     return [f"previews/{path.name}" for path in newest] + plots
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a run folder.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file does not hold a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path.name} in {path.parent}: give a folder that a training run saved.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): save the model again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object: save the model again.")
-    return content
-
-
-def public_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object without what must not be published; raises what `read_json` raises.
-
-    Absolute paths are cut to their last component, tokens blanked, numbers that are not finite become None, and
-    `auto_map` and `_name_or_path` are dropped: they point to code and folders that do not travel with the file.
-    Class names are left as they are.
-    """
-    content = read_json(path)
-    for key in ("auto_map", "_name_or_path"):
-        content.pop(key, None)
-    return {key: _public(value, key) for key, value in content.items()}
-
-
-def public_text(text: str) -> str:
-    """Cut absolute paths in a text to their last component and blank what looks like a token."""
-    if _PATH_START.match(text):
-        return _base_name(text)
-    text = _QUOTED_PATH.sub(lambda match: match[1] + _base_name(match[0][1:-1]) + match[1], text)
-    text = _BARE_PATH.sub(lambda match: _base_name(match[0]), text)
-    return _TOKEN.sub("…", text)
-
-
-def public_command(argv: Sequence[str]) -> str:
-    """Write the command of a run as it may be published.
-
-    Args:
-        argv: What followed `ctxseg` on the command line.
-
-    Returns:
-        One shell line. Arguments that are absolute paths or exist as paths are cut to their last component; tokens
-        are left out together with the option they belong to.
-    """
-    kept: list[str] = []
-    for argument in argv:
-        option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-        if option and not equals:
-            kept.append(option)
-        elif _SECRET_OPTION.fullmatch(option):
-            continue
-        elif _TOKEN.search(value) or (not option and kept and _SECRET_OPTION.fullmatch(kept[-1])):
-            if not option and kept and kept[-1].startswith("-"):
-                kept.pop()
-        else:
-            kept.append(option + equals + _public_argument(value))
-    return shlex.join(["ctxseg", *kept])
-
-
-def _public_argument(value: str) -> str:
-    return _base_name(value) if re.search(r"[/\\]", value) and os.path.exists(value) else public_text(value)
-
-
-def _base_name(path: str) -> str:
-    name = re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
-    return "~" if name == Path.home().name else name
-
-
-def _public(value: Any, key: str) -> Any:
-    if key in _USER_NAMED:
-        return value
-    if isinstance(value, str):
-        return public_text(value)
-    if isinstance(value, dict):
-        return {name: _public(item, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_public(item, key) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: object) -> str:
@@ -246,7 +155,7 @@ def _head(config: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 def _source_name(metrics: dict[str, Any]) -> str:
     source = _section(metrics, "data").get("source")
-    return _hub_id(source) or _base_name(str(source)) if source else ""
+    return _hub_id(source) or base_name(str(source)) if source else ""
 
 
 def _metadata(config: dict[str, Any], metrics: dict[str, Any], name: str) -> ModelCardData:
@@ -304,8 +213,9 @@ def _description(config: dict[str, Any], metrics: dict[str, Any], name: str) -> 
 
 def _results(metrics: dict[str, Any]) -> dict[str, Any]:
     evaluation = _section(metrics, "evaluation")
-    measures = {"mean_iou": "mean IoU", "mean_accuracy": "mean accuracy", "overall_accuracy": "overall accuracy"}
-    scores = [(label, f"{_percent(evaluation[key])} %") for key, label in measures.items() if key in evaluation]
+    scores = [(label, f"{_percent(evaluation[key])} %") for key, label in _MEASURES.items() if key in evaluation]
+    for width, iou in (evaluation.get("trimap_mean_iou") or {}).items():
+        scores.append((f"trimap mean IoU, {_number(width)} px from edges", f"{_percent(iou)} %"))
     if "loss" in evaluation:
         scores.append(("loss", _number(evaluation["loss"])))
     if "seconds" in evaluation:
@@ -337,7 +247,11 @@ def _classes(metrics: dict[str, Any]) -> dict[str, Any]:
         return ", ".join(f"{_markdown(name)} ({_percent(ious[name])} %)" for name in names)
 
     best, worst = listed(ranked[:count]), listed(reversed(ranked[len(ranked) - count :]))
-    return {"classes": rows, "has_pixels": bool(pixels), "best": best, "worst": worst}
+    confusions = ", ".join(
+        f"{_markdown(found['reference'])} taken for {_markdown(found['prediction'])} ({_percent(found['share'])} %)"
+        for found in (evaluation.get("worst_confusions") or [])[:5]
+    )
+    return {"classes": rows, "has_pixels": bool(pixels), "best": best, "worst": worst, "confusions": confusions}
 
 
 def _training(metrics: dict[str, Any]) -> dict[str, Any]:

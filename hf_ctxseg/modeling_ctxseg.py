@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithNoAttention, SemanticSegmenterOutput
@@ -24,6 +25,7 @@ from .dense_loss import upsampled_cross_entropy
 from .layers import Classifier, ConvNormAct
 from .memory_format import to_fast_format
 from .nonlocal_block import NonLocalBlock
+from .recomputation import find_blocks, set_recomputation
 from .weight_files import check_weight_files, not_whole
 
 
@@ -78,6 +80,7 @@ class CtxSegPreTrainedModel(PreTrainedModel):
     folded_batch_norms: tuple[str, ...] | None = None
     # Of the non-local blocks: "sdpa" is the fast form of every pairwise function, "eager" the formula as written.
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,6 +110,22 @@ class CtxSegPreTrainedModel(PreTrainedModel):
         # Of code outside itself, transformers passes over modules without tensors of their own: the blocks. It does so
         # to protect loaded tensors, which the functions of transformers.initialization leave alone anyway.
         super()._initialize_weights(module, is_custom_code=False)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        searched = self.backbone.stages
+        if enable and not any(find_blocks(self.backbone, searched)):
+            raise ValueError(
+                f"The backbone {self.config.backbone!r} has no blocks whose activations could be computed again: "
+                "train without --gradient_checkpointing, or choose another backbone."
+            )
+        base: Any = getattr(self, self.base_model_prefix, self)
+        blocks = find_blocks(self, {base, self.backbone, base.decode_head, *searched})
+        set_recomputation(blocks, gradient_checkpointing_func if enable else None, every_n_layers)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save configuration and weights as transformers does; refuses a copy that `fold_batch_norm` gave."""
@@ -215,6 +234,8 @@ class CtxSegForSemanticSegmentation(CtxSegPreTrainedModel):
     """Context features, dropout, classifier, optional auxiliary head, loss; a subclass names its `model_class`."""
 
     model_class: ClassVar[type[CtxSegModel]]
+    # The loss in training where it is not the cross-entropy: called with logits (B, K, h, w) and labels (B, H, W).
+    training_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, config: CtxSegConfig) -> None:
         super().__init__(config)
@@ -262,6 +283,8 @@ class CtxSegForSemanticSegmentation(CtxSegPreTrainedModel):
         return output if _chosen(return_dict, self.config.return_dict) else output.to_tuple()
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.training and self.training_loss is not None:
+            return self.training_loss(logits, labels)
         return upsampled_cross_entropy(
             logits, labels, self.config.semantic_loss_ignore_index, self.config.align_corners
         )

@@ -1,4 +1,4 @@
-"""Training curves and per-class bars as PNG files.
+"""Training curves, per-class bars and confusion matrices as PNG files.
 
 matplotlib is used through its figure objects, never through its global state, so that plots work in threads and
 without a display; it is imported when a plot is made, since that takes longer than everything else here.
@@ -8,6 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .sheet import shorten
 
@@ -75,4 +78,37 @@ def plot_per_class(names: Sequence[str], ious: Sequence[float], path: str | Path
     mean = f"mean {100 * sum(present) / len(present):.1f} %" if present else "all classes absent"
     axes.set_title(f"IoU per class, {mean}")
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")
+
+
+def plot_confusion(names: Sequence[str], matrix: NDArray[Any], path: str | Path) -> None:
+    """Draw a confusion matrix, each row as shares of its reference class; up to 25 classes with the numbers.
+
+    Args:
+        names: One name per class.
+        matrix: Counts (K, K), rows reference, columns prediction.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: Names and matrix differ in size.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(names)
+    if matrix.shape != (count, count):
+        raise ValueError(f"There are {count} class names, but a matrix of {matrix.shape}; give one name per class.")
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    edge = 3.2 + min(0.42 * count, 20)
+    figure = Figure(figsize=(edge, edge), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [shorten(name) for name in names]
+    size = "medium" if count <= 50 else "x-small"
+    axes.set_xticks(range(count), labels, rotation=90, parse_math=False, fontsize=size)
+    axes.set_yticks(range(count), labels, parse_math=False, fontsize=size)
+    axes.set(xlabel="prediction", ylabel="reference", title="% of each reference class")
+    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True) if count <= 25 else ():
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        text = f"{100 * shares[row, column]:.0f}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize="x-small")
     figure.savefig(path, format="png")

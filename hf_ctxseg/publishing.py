@@ -31,7 +31,8 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
-from .model_card import card_pictures, public_json, read_json, render_card
+from .model_card import card_pictures, render_card
+from .publishable import public_json, read_json
 
 TIMEOUT = 10.0  # seconds until a Hub that does not answer counts as unreachable
 
@@ -44,6 +45,8 @@ _OURS = (
     "metrics.json",
     "per_class.csv",
     "per_class.png",
+    "confusion.csv",
+    "confusion.png",
     "curves.png",
     "previews/step-*.png",
 )
@@ -131,7 +134,7 @@ def _contents(run: Path, repo_id: str | None, include_pictures: bool) -> dict[st
     config = public_json(run / "config.json")
     if not config.get("model_type") or not config.get("architectures"):
         raise ValueError(f"{run / 'config.json'} does not name a model_type and architectures: save the model again.")
-    weights = _weight_files(run)
+    weights = weight_files(run)
     _check_weights(run, weights)
     contents: dict[str, bytes | Path] = {
         "README.md": render_card(run, repo_id=repo_id, include_pictures=include_pictures).encode(),
@@ -141,11 +144,11 @@ def _contents(run: Path, repo_id: str | None, include_pictures: bool) -> dict[st
     if (run / "metrics.json").is_file():
         contents["metrics.json"] = _json_bytes(public_json(run / "metrics.json"))
     pictures = card_pictures(run) if include_pictures else []
-    tables = [name for name in ("per_class.csv",) if (run / name).is_file()]
+    tables = [name for name in ("per_class.csv", "confusion.csv") if (run / name).is_file()]
     return contents | {name: run / name for name in [*weights, *tables, *pictures]}
 
 
-def _weight_files(run: Path) -> list[str]:
+def weight_files(run: Path) -> list[str]:
     """The safetensors file, or the index and its shards; names that lead out of the folder are refused."""
     index = run / "model.safetensors.index.json"
     if (run / "model.safetensors").is_file():

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from .arguments import Arguments, CtxSegTrainingArguments, DataArguments
+from .boundary_metrics import BOUNDARY_SHARE
+from .console import duration
 from .data import DataSplits
 from .label_scan import LabelStatistics
 from .model_card import write_card
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
-from .plots import plot_curves, plot_per_class
+from .plots import plot_confusion, plot_curves, plot_per_class
 from .registry import head_name
-from .run_folder import write_class_table, write_json
+from .run_folder import write_class_table, write_confusion_table, write_json
 from .samples import ClassInfo
-from .trainer import SegmentationTrainer, duration, score_table
+from .scoring import named_scores, score_table
+from .trainer import SegmentationTrainer
 
 
 def device_name(arguments: CtxSegTrainingArguments) -> str:
@@ -52,7 +55,7 @@ def _describe_data(data: DataSplits, arguments: DataArguments, statistics: Label
     return {
         "source": data.source,
         "license": arguments.data_license,
-        "train_images": len(data.train) if data.train is not None else 0,
+        "train_images": 0 if data.train is None else None if data.is_streamed else len(data.train),
         "eval_images": len(data.validation) if data.validation is not None else 0,
         "classes": list(data.classes.names),
         "ignore_index": data.classes.ignore_index,
@@ -67,23 +70,34 @@ def _size_name(size: Any) -> str:
 
 def describe_evaluation(trainer: SegmentationTrainer, split: str) -> dict[str, Any]:
     """The part `evaluation` of `metrics.json`: the last scores, and the protocol beside them."""
-    scores, names = trainer.scores.last, trainer.classes.names
+    scores = trainer.scores.last
     if not scores:
         return {}
-    processor = trainer.processing_class
-    size = (
-        f"scaled to a longest edge of {processor.size['max_height']} pixels" if processor.do_resize else "as they are"
-    )
+    processor, views = trainer.processing_class, trainer.views
+    edge = processor.size["max_height"] if processor.do_resize else None
+    size = "as they are" if edge is None else f"scaled to a longest edge of {edge} pixels"
+    what, scales = views.describe()
+    stride, ignore_index = trainer.scored_model.config.output_stride, trainer.classes.ignore_index
+    trained = trainer.model.config.output_stride
     return {
         "split": split,
         "protocol": (
-            f"whole pictures {size}, logits upsampled to the label's original size, single scale, no flip, "
-            f"ignore_index {trainer.classes.ignore_index}, output stride {trainer.model.config.output_stride}"
+            f"{what} {size}, logits upsampled to the label's original size, {scales}, ignore_index {ignore_index}, "
+            f"output stride {stride}{'' if stride == trained else f' (the model as saved: {trained})'}"
         ),
+        "settings": {
+            "longest_edge": edge,
+            "output_stride": stride,
+            "window": views.window,
+            "overlap": views.overlap if views.window is not None else None,
+            "blend": views.blend if views.window is not None else None,
+            "scales": list(views.scales),
+            "flip": views.flip,
+            "ignore_index": ignore_index,
+            "boundary_share_of_diagonal": BOUNDARY_SHARE,
+        },
         "num_images": len(trainer.eval_dataset),
-        **{name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy", "loss")},
-        "per_category_iou": dict(zip(names, scores["per_category_iou"], strict=True)),
-        "per_category_accuracy": dict(zip(names, scores["per_category_accuracy"], strict=True)),
+        **named_scores(scores, trainer.classes.names),
         "seconds": trainer.evaluation_seconds,
     }
 
@@ -101,6 +115,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything that `metrics.json` holds; a continued run knows neither its whole time nor its mean loss."""
     model_arguments, data_arguments, training = arguments
+    weights = trainer.loss.class_weights
     return {
         "model": describe_model(trainer.model, origin),
         "data": _describe_data(data, data_arguments, statistics),
@@ -112,6 +127,10 @@ def describe_run(
             "crop_size": [data_arguments.crop_size[0], data_arguments.crop_size[-1]],
             "seconds": None if resumed else round(seconds, 1),
             "train_loss": None if resumed else train_loss,
+            **trainer.throughput.in_all(),
+            "loss": training.loss,
+            "class_weights": None if weights is None else dict(zip(data.classes.names, weights.tolist(), strict=True)),
+            "label_smoothing": training.label_smoothing,
             "learning_rate": training.learning_rate,
             "head_learning_rate_factor": training.head_learning_rate_factor,
             "optimizer": str(getattr(training.optim, "value", training.optim)),
@@ -158,7 +177,14 @@ def write_report(
         counts = metrics["data"]["class_pixels"]
         write_class_table(run / "per_class.csv", classes.names, scores, [counts.get(name) for name in classes.names])
         plot_per_class(classes.names, scores["per_category_iou"], run / "per_class.png")
+        write_confusions(run, classes, scores)
     write_card(run, config_file=config_file)
+
+
+def write_confusions(folder: Path, classes: ClassInfo, scores: Mapping[str, Any]) -> None:
+    """Write the confusion matrix: `confusion.csv` with the counts, `confusion.png` with their shares."""
+    write_confusion_table(folder / "confusion.csv", classes.names, scores["confusion_matrix"])
+    plot_confusion(classes.names, scores["confusion_matrix"], folder / "confusion.png")
 
 
 def farewell(run: Path, metrics: Mapping[str, Any]) -> str:

@@ -15,33 +15,38 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from .checkpoints import PARTIAL, checkpoints, newest_checkpoint, remove_orphans, sync_folder, write_manifest
 from .image_processing_ctxseg import CtxSegImageProcessor
 
-_CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-_PARTIAL = "model.partial"
+_PARTIAL = f"model{PARTIAL}"
+# What a run writes, the sheet of a dry run excepted: a folder that has one of these holds another's work.
+_WRITTEN = (
+    "config.json", "args.yaml", "model.safetensors", "preprocessor_config.json", "README.md", "metrics.json",
+    "per_class.csv", "previews",
+)  # fmt: skip
 # What may differ when a run is continued: where things are, what is printed and kept, how long it goes on.
 _FREE_AT_RESUME = {
-    "data", "dataloader_num_workers", "disable_tqdm", "dry_run", "eval_steps", "eval_strategy", "logging_steps",
-    "max_steps", "num_train_epochs", "output_dir", "per_device_eval_batch_size", "preview_images", "report_to",
-    "resume", "save_steps", "save_strategy", "save_total_limit", "scan_workers",
+    "cache_gib", "data", "dataloader_num_workers", "disable_tqdm", "dry_run", "eval_steps", "eval_strategy",
+    "logging_steps", "max_nan_steps", "max_steps", "num_train_epochs", "output_dir", "per_device_eval_batch_size",
+    "preview_images", "report_to", "resume", "save_steps", "save_strategy", "save_total_limit", "scan_workers",
 }  # fmt: skip
 
 
 def check_run(run: Path, *, resume: bool) -> None:
-    """Raise `ValueError` if the folder holds a run and `resume` is false, or a finished one, or is no folder."""
+    """Raise `ValueError` if the folder holds a run that is not to be resumed, a finished one or another's files."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"output_dir {run} is a file, but must be a folder: choose another name.")
     if resume and is_finished(run):
         raise ValueError(f"output_dir {run} holds a finished run: use it, or train into another folder.")
-    held = [name for name in ("config.json", "args.yaml") if (run / name).exists()]
-    checkpoints = sorted(run.glob("checkpoint-*"), key=_step)
-    if not resume and (held or checkpoints):
+    held = [name for name in _WRITTEN if (run / name).exists()]
+    held += [folder.name for folder in checkpoints(run)[-1:]]
+    is_open = not is_finished(run) and ("args.yaml" in held or bool(checkpoints(run)))
+    if held and not (resume and is_open):
         raise ValueError(
-            f"output_dir {run} already holds a run ({', '.join(held or [path.name for path in checkpoints[-1:]])}): "
-            f"{'' if is_finished(run) else 'continue it with --resume, or '}choose another folder."
+            f"output_dir {run} already holds a run ({held[0]}): "
+            f"{'continue it with --resume, or ' if is_open else ''}choose another folder."
         )
 
 
@@ -61,8 +66,13 @@ def check_arguments(run: Path, given: Mapping[str, Any]) -> None:
             )
 
 
-def prepare_run(run: Path, *, resume: bool) -> Path | None:
+def prepare_run(run: Path, *, resume: bool, tell: Callable[[str], None] | None = None) -> Path | None:
     """Make the run folder ready; give the newest complete checkpoint to continue from, or None to start.
+
+    Args:
+        run: The run folder, which no other process may be using.
+        resume: Whether a run in it is continued.
+        tell: Is told of each checkpoint that is passed over, and why.
 
     Raises:
         ValueError: If `check_run` does, or the folder cannot be written.
@@ -70,41 +80,18 @@ def prepare_run(run: Path, *, resume: bool) -> Path | None:
     check_run(run, resume=resume)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(run / _PARTIAL, ignore_errors=True)
+        remove_orphans(run)
         (run / "config.json").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir {run} cannot be written ({error.strerror}): choose another folder.") from error
     if not os.access(run, os.W_OK):
         raise ValueError(f"output_dir {run} cannot be written (no permission): choose another folder.")
-    return newest_checkpoint(run)
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end, or None."""
-    complete = [path for path in sorted(run.glob("checkpoint-*"), key=_step) if _is_complete(path)]
-    return complete[-1] if complete else None
+    return newest_checkpoint(run, tell)
 
 
 def is_finished(run: Path) -> bool:
     """Whether a run folder holds a finished model."""
     return (run / "config.json").is_file() and (run / "model.safetensors").is_file()
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    # Trainer writes trainer_state.json last, and a file may still be cut short.
-    if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
-        return False
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(checkpoint / "model.safetensors", "pt"):
-            return True
-    except (ValueError, OSError, SafetensorError):
-        return False
 
 
 def save_model(
@@ -113,7 +100,7 @@ def save_model(
     processor: CtxSegImageProcessor,
     report: Callable[[Path], None] | None = None,
 ) -> None:
-    """Put weights and processor into the run folder, then what `report` writes, `config.json` last.
+    """Put weights and processor into the run folder with a manifest, then what `report` writes, `config.json` last.
 
     Args:
         run: The run folder.
@@ -122,14 +109,20 @@ def save_model(
         report: Writes the rest of the folder; it is given the config's file, which is not in its place yet.
     """
     partial = run / _PARTIAL
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
+    try:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        write_manifest(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for path in sorted(partial.iterdir()):
         if path.name != "config.json":
             os.replace(path, run / path.name)
     if report is not None:
         report(partial / "config.json")
     os.replace(partial / "config.json", run / "config.json")
+    sync_folder(run)
     partial.rmdir()
 
 
@@ -158,6 +151,14 @@ def write_class_table(path: Path, names: Sequence[str], scores: Mapping[str, Any
         columns = (names, scores["per_category_iou"], scores["per_category_accuracy"], pixels)
         for name, iou, accuracy, count in zip(*columns, strict=True):
             writer.writerow([name, *("" if math.isnan(value) else f"{value:.6f}" for value in (iou, accuracy)), count])
+
+
+def write_confusion_table(path: Path, names: Sequence[str], matrix: Any) -> None:
+    """Write a confusion matrix (K, K) as CSV: pixels, a row for each reference class, a column for each prediction."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["reference \\ prediction", *names])
+        writer.writerows([name, *map(int, row)] for name, row in zip(names, matrix, strict=True))
 
 
 def without_nan(value: Any) -> Any:

@@ -21,6 +21,7 @@ from .image_processing_ctxseg import to_rgb
 from .visualization import default_palette
 
 Label = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
+ReadLabel = Callable[[Image.Image, str], Label]  # of a stored label map and its name
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,17 @@ class Samples(Protocol):
 def read_pair(samples: Samples, i: int) -> tuple[Image.Image, Label]:
     """Read image and label `i`; ValueError if either is unreadable or their sizes differ."""
     image, label = samples.image(i), samples.label(i)
+    check_sizes(image, label, samples.name(i), samples.label_name(i))
+    return image, label
+
+
+def check_sizes(image: Image.Image, label: Label, name: str, label_name: str) -> None:
+    """Raise `ValueError` naming both if a label map has not its image's size."""
     if label.shape != (image.height, image.width):
         raise ValueError(
-            f"{samples.label_name(i)} is {label.shape[1]}x{label.shape[0]} pixels, but {samples.name(i)} is "
-            f"{image.width}x{image.height} (widthxheight, upright); a label map must have its image's size"
+            f"{label_name} is {label.shape[1]}x{label.shape[0]} pixels, but {name} is {image.width}x{image.height} "
+            f"(widthxheight, upright); a label map must have its image's size"
         )
-    return image, label
 
 
 class FolderSamples:
@@ -114,11 +120,13 @@ class FolderSamples:
     Args:
         pairs: Image path and label path of each sample.
         root: Folder that the names in messages are relative to.
+        label_map: Turns a stored label map into class indices; None: `read_label`.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], root: Path) -> None:
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], root: Path, label_map: ReadLabel | None = None) -> None:
         self.pairs = list(pairs)
         self.root = root
+        self.label_map = label_map or read_label
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -138,7 +146,7 @@ class FolderSamples:
     def label(self, i: int) -> Label:
         """Label map `i`, (H, W)."""
         name = self.label_name(i)
-        return read_label(open_picture(self.pairs[i][1], name, ImageOps.exif_transpose), name)
+        return self.label_map(open_picture(self.pairs[i][1], name, ImageOps.exif_transpose), name)
 
 
 class TableSamples:
@@ -148,12 +156,14 @@ class TableSamples:
         dataset: A `datasets.Dataset`.
         image_column: Column of the images.
         label_column: Column of the label maps.
+        label_map: Turns a stored label map into class indices; None: `read_label`.
     """
 
-    def __init__(self, dataset: Any, image_column: str, label_column: str) -> None:
+    def __init__(self, dataset: Any, image_column: str, label_column: str, label_map: ReadLabel | None = None) -> None:
         self.image_column, self.label_column = image_column, label_column
-        self.images = _undecoded(dataset, image_column)
-        self.labels = _undecoded(dataset, label_column)
+        self.label_map = label_map or read_label
+        self.images = undecoded(dataset, image_column)
+        self.labels = undecoded(dataset, label_column)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -168,12 +178,12 @@ class TableSamples:
 
     def image(self, i: int) -> Image.Image:
         """Image `i`, upright RGB."""
-        return _open_cell(self.images[i][self.image_column], self.name(i), to_rgb)
+        return open_cell(self.images[i][self.image_column], self.name(i), to_rgb)
 
     def label(self, i: int) -> Label:
         """Label map `i`, (H, W)."""
         name = self.label_name(i)
-        return read_label(_open_cell(self.labels[i][self.label_column], name, ImageOps.exif_transpose), name)
+        return self.label_map(open_cell(self.labels[i][self.label_column], name, ImageOps.exif_transpose), name)
 
 
 class SampleSubset:
@@ -203,17 +213,21 @@ class SampleSubset:
         return self.samples.label(self.indices[i])
 
 
-def _undecoded(dataset: Any, column: str) -> Any:
-    """One column with its pictures left as bytes or paths: `datasets` would decode with messages that name no row."""
+def undecoded(dataset: Any, column: str, *kept: str) -> Any:
+    """One column, and those in `kept`, with its pictures left as bytes or paths.
+
+    `datasets` would decode with messages that name no row.
+    """
     from datasets import Image as ImageFeature
 
-    table = dataset.with_format(None).select_columns([column])
+    table = dataset.with_format(None).select_columns([column, *kept])
     if isinstance(table.features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
     return table
 
 
-def _open_cell(cell: Any, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def open_cell(cell: Any, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Decode what a table holds: `{"bytes", "path"}`, bytes or a path; ValueError naming it if it is no picture."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str | Path):
@@ -274,7 +288,8 @@ def read_label(image: Image.Image, name: str) -> Label:
         if not (values[..., :1] == values[..., 1:3]).all():
             raise ValueError(
                 f"{name} is an RGB picture (mode {image.mode}), but a label map holds one class index per pixel; "
-                f"convert the colours to indices (a palette PNG or 8-bit grey)"
+                f"convert the colours to indices (a palette PNG or 8-bit grey), or say in a recipe which colour is "
+                f"which class (--recipe)"
             )
         values = values[..., 0]
     elif image.mode in ("LA", "PA"):

@@ -1,37 +1,45 @@
 """transformers' Trainer for segmentation: learning rates by part, scores streamed in constant memory, previews.
 
-Evaluation turns the logits of each picture into a K×K confusion matrix on the device, at the label's original size;
-only matrices are gathered, so that memory does not grow with the number of pictures and padded duplicates of a
-distributed sampler are dropped as Trainer drops them.
+Evaluation turns each picture's logits into counts on the device, at the label's original size; only counts are
+gathered, so that memory does not grow with the number of pictures and padded duplicates of a distributed sampler are
+dropped as Trainer drops them.
 """
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .arguments import CtxSegTrainingArguments
+from .batch_norms import freeze_norms, synchronise_norms
+from .console import ConsoleCallback
 from .data import EvaluationDataset, TrainingDataset, collate_evaluation
-from .dense_loss import upsampled_cross_entropy
+from .early_stopping import EarlyStopping
+from .ema import AveragingTrainer
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .inference import predict_mask
-from .metrics import MeanIoU, confusion_matrix
+from .learning_rates import parameter_groups
+from .losses import SegmentationLoss, parse_loss
+from .model_building import at_output_stride
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .samples import ClassInfo
-from .upsampling import upsampled_argmax
+from .scoring import StreamedScores, count_picture
+from .streaming import TrainingStream, stream_loader
+from .throughput import Throughput
+from .tracking import class_scores, track_evaluation
+from .views import PLAIN, Views, view_maps
 from .visualization import preview_grid
 
 
-class SegmentationTrainer(Trainer):
+class SegmentationTrainer(AveragingTrainer):
     """Trainer whose evaluation scores whole pictures at their own size.
 
     Args:
@@ -41,6 +49,8 @@ class SegmentationTrainer(Trainer):
         image_processor: Saved with each checkpoint.
         train_dataset: Crops; None for evaluation alone.
         eval_dataset: Whole pictures; None trains without scores.
+        views: How pictures are looked at in evaluation.
+        class_weights: Weight of each class in the loss; None: 1 for all.
     """
 
     def __init__(
@@ -49,15 +59,28 @@ class SegmentationTrainer(Trainer):
         args: CtxSegTrainingArguments,
         classes: ClassInfo,
         image_processor: CtxSegImageProcessor,
-        train_dataset: TrainingDataset | None = None,
+        train_dataset: TrainingDataset | TrainingStream | None = None,
         eval_dataset: EvaluationDataset | None = None,
+        views: Views = PLAIN,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         self.classes = classes
-        self.scores = _StreamedScores(classes)
+        self.loss = SegmentationLoss(
+            parse_loss(args.loss),
+            classes.ignore_index,
+            model.config.align_corners,
+            None if class_weights is None else torch.tensor(class_weights),
+            args.label_smoothing,
+        )
+        self.views = views
+        self.scores = StreamedScores(classes)
+        self.throughput = Throughput()
         self.evaluation_seconds: float | None = None
         self.scored_step: int | None = None
         if args.channels_last and args.device.type != "cpu":  # on a CPU the model chooses by itself
             model.to(memory_format=torch.channels_last)
+        if args.sync_batch_norm:
+            synchronise_norms(model)
         super().__init__(
             model=model,
             args=args,
@@ -68,39 +91,68 @@ class SegmentationTrainer(Trainer):
             compute_metrics=self.scores,
         )
         self.add_callback(_EpochCallback(train_dataset))
-        self.frozen_norms = _freeze_norms(model, args.freeze_batch_norm)
+        self.add_callback(self.throughput)
+        self.frozen_norms = freeze_norms(model, args.freeze_batch_norm)
+        self._twin: CtxSegForSemanticSegmentation | None = None
+        if args.eval_output_stride not in (None, model.config.output_stride):
+            self._twin = at_output_stride(model, args.eval_output_stride)
+        if args.early_stopping_patience is not None:
+            if eval_dataset is None:
+                raise ValueError("early_stopping_patience needs pictures to score: add them, or leave it out.")
+            self.add_callback(EarlyStopping(args.early_stopping_patience))
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(ConsoleCallback(classes))
 
+    @property
+    def scored_model(self) -> CtxSegForSemanticSegmentation:
+        """The model, or its twin at the output stride of evaluation."""
+        return self.model if self._twin is None else self._twin
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Four groups: backbone and the rest at its multiple of the rate, with and without weight decay."""
+        """Groups of parameters as of `parameter_groups`."""
         if getattr(self, "optimizer", None) is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(self._parameter_groups(), **options)
+            self.optimizer = optimizer_class(parameter_groups(self.model, self.args), **options)
         return self.optimizer
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                # Norms' gains and all biases are vectors; what is left are kernels.
-                groups.setdefault((".backbone." not in f".{name}", parameter.dim() > 1), []).append(parameter)
-        rate = self.args.learning_rate
-        return [
-            {
-                "params": parameters,
-                "lr": rate * (self.args.head_learning_rate_factor if is_head else 1.0),
-                "weight_decay": self.args.weight_decay if decays else 0.0,
-            }
-            for (is_head, decays), parameters in sorted(groups.items())
-        ]
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        """Give the loader of training batches; a stream deals itself out to processes and workers."""
+        if isinstance(self.train_dataset, TrainingStream):
+            return stream_loader(self.train_dataset, self.args, _collate, self.args.device)
+        return super().get_train_dataloader()
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with pictures per second and the share of time spent waiting for them beside the loss."""
+        super().log({**logs, **self.throughput.since_log()} if "loss" in logs else logs, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Give the batches of a step, and what their pixel losses are divided by.
+
+        That is the number of valid pixels in all batches of all processes, over the number of these batches: Trainer
+        and `DistributedDataParallel` take the mean over them.
+        """
+        with self.throughput.waiting():
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        self.throughput.count(sum(len(batch["labels"]) for batch in batches) * self.args.world_size)
+        pixels = torch.stack([self.loss.count(batch["labels"]).to(device) for batch in batches]).sum()
+        parts = len(batches) * self.args.world_size * max(1, self.args.n_gpu)
+        return batches, self.accelerator.reduce(pixels, reduction="sum") / parts
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Compute the loss; frozen normalisations stay in evaluation mode although Trainer calls `train()`."""
         for norm in self.frozen_norms:
             norm.eval()
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        bare = self.accelerator.unwrap_model(model)
+        bare.training_loss = replace(self.loss, pixels=num_items_in_batch)
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            bare.training_loss = None
 
     def prediction_step(
         self,
@@ -108,41 +160,58 @@ class SegmentationTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Score a batch of whole pictures: matrices (B, K, K) and (loss sum, valid pixels) (B, 2)."""
+    ) -> tuple[None, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Count a batch of whole pictures: confusion matrices and counts near edges (B, …), and losses (B, 1)."""
         inputs = self._prepare_inputs(inputs)
-        matrices, losses = [], []
-        ignore_index, align_corners = self.classes.ignore_index, self.model.config.align_corners
+        config, ignore_index = self.model.config, self.classes.ignore_index
+        model = model if self._twin is None else self._twin
+        counts = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            for logits, label in zip(_logits(model, inputs["pixel_values"]), inputs["labels"], strict=True):
-                pixels = (label != ignore_index).sum()
-                mean = upsampled_cross_entropy(logits[None], label[None], ignore_index, align_corners)
-                losses.append(torch.stack([mean * pixels, pixels.float()]))
-                mask = upsampled_argmax(logits[None], (label.shape[0], label.shape[1]), align_corners)[0]
-                matrices.append(confusion_matrix(mask, label, self.classes.num_labels, ignore_index))
-        return None, torch.stack(matrices), torch.stack(losses)
+            for maps, label in zip(self._views(model, inputs["pixel_values"]), inputs["labels"], strict=True):
+                counts.append(count_picture(maps, label, self.classes.num_labels, ignore_index, config.align_corners))
+        matrices, boundary, losses = (torch.stack(parts).to(self.args.device) for parts in zip(*counts, strict=True))
+        return None, (matrices, boundary), losses
+
+    def _views(self, model: nn.Module, pictures: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Logits (1, K, h, w) of each picture's views: in one pass where all have one size, one by one where not."""
+
+        def forward(pixels: torch.Tensor) -> torch.Tensor:
+            with self.accelerator.autocast():
+                logits: torch.Tensor = model(pixels).logits
+            return logits.float()
+
+        same = len({picture.shape for picture in pictures}) == 1
+        for batch in [torch.stack(list(pictures))] if same else [picture[None] for picture in pictures]:
+            maps = view_maps(forward, batch, self.views, self.scored_model.config.output_stride)
+            yield from ([view[index : index + 1] for view in maps] for index in range(len(batch)))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the validation pictures and draw the preview grid."""
+        """Score the validation pictures and draw the preview grid, with the average of the weights if there is one."""
         started = time.monotonic()
-        if self.args.world_size > 1:
-            # Running statistics differ between processes after a step; those of the first are what is saved.
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        self.scored_step = self.state.global_step
-        self.evaluation_seconds = round(time.monotonic() - started, 1)
-        if self.is_world_process_zero() and self.args.preview_images > 0:
-            self._draw_preview()
+        with self.averaged():
+            if self.args.world_size > 1:
+                # Running statistics differ between processes after a step; those of the first are what is saved.
+                for buffer in self.model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+            if self._twin is not None:
+                self._twin.load_state_dict(self.model.state_dict(), assign=True)
+                self._twin.to(self.args.device).eval()
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            self.scored_step = self.state.global_step
+            self.evaluation_seconds = round(time.monotonic() - started, 1)
+            if self.is_world_process_zero():
+                preview = self._draw_preview() if self.args.preview_images > 0 else None
+                scores = class_scores(self.scores.last, self.classes.names)
+                track_evaluation(self.callback_handler.callbacks, self.state.global_step, scores, preview)
         return metrics
 
-    def _draw_preview(self) -> None:
+    def _draw_preview(self) -> Image.Image:
         samples = self.eval_dataset.samples
         chosen = np.linspace(0, len(samples) - 1, min(self.args.preview_images, len(samples))).round().astype(int)
         rows = []
         for index in chosen:
             picture, label = samples.image(int(index)), samples.label(int(index))
-            rows.append((picture, label, predict_mask(self.model, self.processing_class, picture)))
+            rows.append((picture, label, predict_mask(self.scored_model, self.processing_class, picture, self.views)))
         grid = preview_grid(
             rows,
             self.classes.names,
@@ -153,28 +222,7 @@ class SegmentationTrainer(Trainer):
         path = Path(self.args.output_dir) / "previews" / f"step-{self.state.global_step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_image("previews", np.asarray(grid), self.state.global_step, dataformats="HWC")
-
-
-class _StreamedScores:
-    """What Trainer calls with each gathered batch; the last result stays readable, per class."""
-
-    def __init__(self, classes: ClassInfo) -> None:
-        self.metric = MeanIoU(classes.num_labels, classes.ignore_index, classes.names)
-        self.loss_and_pixels = torch.zeros(2, dtype=torch.float64)
-        self.last: dict[str, Any] = {}
-
-    def __call__(self, batch: Any, compute_result: bool = True) -> dict[str, float]:
-        self.metric.add_matrix(torch.as_tensor(batch.predictions).sum(dim=0).cpu().numpy())
-        self.loss_and_pixels += torch.as_tensor(batch.label_ids).cpu().double().sum(dim=0)
-        if not compute_result:
-            return {}
-        loss, pixels = self.loss_and_pixels.tolist()
-        self.loss_and_pixels.zero_()
-        self.last = {**self.metric.compute(), "loss": loss / max(pixels, 1.0)}
-        return {name: value for name, value in self.last.items() if isinstance(value, float)}
+        return grid
 
 
 class _EpochCallback(TrainerCallback):
@@ -187,6 +235,14 @@ class _EpochCallback(TrainerCallback):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell a stream how many batches of a resumed run are only skipped."""
+        if isinstance(self.dataset, TrainingStream):
+            seen = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
+            self.dataset.skip_batches(seen)
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -194,92 +250,11 @@ class _EpochCallback(TrainerCallback):
             self.dataset.set_epoch(int(state.epoch or 0))
 
 
-class ConsoleCallback(TrainerCallback):
-    """One plain line for each log and a table for each evaluation."""
-
-    def __init__(self, classes: ClassInfo) -> None:
-        self.classes = classes
-        self.started = time.monotonic()
-        self.first_step = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self.started, self.first_step = time.monotonic(), state.global_step
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print the step, its loss and the time left, or the scores."""
-        logs = logs or {}
-        if not state.is_world_process_zero:
-            return
-        if "loss" in logs:
-            done = max(state.global_step - self.first_step, 1)
-            seconds = (time.monotonic() - self.started) / done
-            left = duration(seconds * (state.max_steps - state.global_step))
-            print(
-                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
-                f"lr {float(logs['learning_rate']):.2e}  {seconds:.2f} s/step  {left} left",
-                flush=True,
-            )
-        elif "eval_mean_iou" in logs:
-            print(
-                f"step {state.global_step}/{state.max_steps}  evaluation: mIoU {logs['eval_mean_iou']:.4f}  "
-                f"mean accuracy {logs['eval_mean_accuracy']:.4f}  pixel accuracy {logs['eval_overall_accuracy']:.4f}  "
-                f"loss {logs['eval_loss']:.4f}",
-                flush=True,
-            )
-
-
-def duration(seconds: float) -> str:
-    """Write a time as people say it: `3 min 20 s`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-
-
-def score_table(scores: Mapping[str, Any]) -> str:
-    """Write the part `evaluation` of `metrics.json` as a text table, one line per class."""
-    width = max(len(name) for name in [*scores["per_category_iou"], "class"])
-    lines = [f"{'class':<{width}}     IoU  accuracy"]
-    for name, iou in scores["per_category_iou"].items():
-        lines.append(f"{name:<{width}}  {_score(iou)}    {_score(scores['per_category_accuracy'][name])}")
-    lines.append(f"{'mean':<{width}}  {_score(scores['mean_iou'])}    {_score(scores['mean_accuracy'])}")
-    return "\n".join([*lines, f"pixel accuracy {_score(scores['overall_accuracy']).strip()}"])
-
-
-def _score(value: float) -> str:
-    return "absent" if math.isnan(value) else f"{value:6.4f}"
-
-
 def _collate(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "index" in batch[0]:
         return collate_evaluation(batch)
-    return {key: torch.stack([item[key] for item in batch]) for key in batch[0]}
-
-
-def _logits(model: nn.Module, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits (K, h, w) of each picture: in one forward where all have one size, one by one where not."""
-    if len({picture.shape for picture in pictures}) == 1:
-        return list(model(torch.stack(list(pictures))).logits)
-    return [model(picture[None]).logits[0] for picture in pictures]
-
-
-def _freeze_norms(model: CtxSegForSemanticSegmentation, part: str) -> list[nn.Module]:
-    roots: dict[str, list[nn.Module]] = {"none": [], "backbone": [model.backbone], "all": [model]}
-    norms: list[nn.Module] = [
-        module for root in roots[part] for module in root.modules() if isinstance(module, _BatchNorm)
-    ]
-    for norm in norms:
-        norm.requires_grad_(False)
-    return norms
+    stacked: dict[str, Any] = {}
+    for key in batch[0]:
+        column = [item[key] for item in batch]
+        stacked[key] = column if key == "name" else torch.stack(column)
+    return stacked

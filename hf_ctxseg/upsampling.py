@@ -57,7 +57,7 @@ def upsampled_argmax(
             best = values.amax(dim=2, keepdim=True)  # (rows, pictures, 1, W)
             if return_scores:
                 scores[pictures, rows] = (values - best).exp_().sum(dim=2).reciprocal_().transpose(0, 1)
-            classes[pictures, rows] = _place_of(best, values).transpose(0, 1)
+            classes[pictures, rows] = place_of(best, values).transpose(0, 1)
     return (classes, scores) if return_scores else classes
 
 
@@ -176,7 +176,7 @@ def _steps(stop: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, stop)) for start in range(0, stop, step))
 
 
-def _place_of(best: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def place_of(best: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Index along dim 2 of the first value that equals `best`; on the CPU the values are overwritten.
 
     PyTorch's reductions that give an index are not vectorised there, at several times the cost of those that do not.

@@ -64,6 +64,8 @@ def test_yaml_gives_arguments_and_flags_override_them(tmp_path):
         "ignore_index": -100,
         "lr_scheduler_kwargs": {"power": 1.0},
         "channels_last": False,
+        "class_weights": [1, 2.5],
+        "loss": "cross_entropy+0.5*lovasz",
         "eval_split": None,
     }
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
@@ -74,6 +76,7 @@ def test_yaml_gives_arguments_and_flags_override_them(tmp_path):
     assert data.labels == "a b,c" and data.ignore_index == -100 and data.eval_split is None
     assert training.learning_rate == 1e-3 and training.lr_scheduler_kwargs == {"power": 1.0}
     assert training.channels_last is False
+    assert training.class_weights == ["1", "2.5"] and training.loss == "cross_entropy+0.5*lovasz"
     assert set(given) == set(content) and given["max_steps"] == 9
 
 
@@ -110,7 +113,12 @@ def test_keyword_arguments_are_the_flags():
         (["--max_class_ratio", "1.5"], "max_class_ratio is 1.5, but must be above 0 and at most 1"),
         (["--image_size", "0"], "image_size is 0, but must be above 0"),
         (["--image_mean", "0.5"], r"image_mean is \[0.5\], but must be three numbers"),
-        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is .*: give --label_smoothing instead"),
+        (["--label_smoothing", "2"], "label_smoothing is 2.0, but must lie between 0 and 1"),
+        (["--loss", "lovas"], "There is no loss 'lovas': did you mean 'lovasz'"),
+        (["--class_weights", "median"], "class_weights is 'median', but must be none, median_frequency"),
+        (["--loss", "dice", "--label_smoothing", "0.1"], "label_smoothing is of no effect on the loss dice"),
+        (["--loss", "lovasz", "--class_weights", "1", "2"], "class_weights is of no effect on the loss lovasz"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint is not taken: --resume continues"),
         (["--push_to_hub"], "ctxseg push"),
         (["--report_to", "no_such_tracker"], "report_to names 'no_such_tracker', but this tracker is not installed"),

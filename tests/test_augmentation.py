@@ -29,7 +29,7 @@ def _blobs(height, width, seed=0, classes=5):
     crop=st.tuples(st.integers(1, 50), st.integers(1, 50)),
     seed=st.integers(0, 1000),
 )
-def test_any_size_gives_the_crop_and_no_new_label(height, width, crop, seed):
+def test_l5_any_size_gives_the_crop_and_no_new_label(height, width, crop, seed):
     torch.manual_seed(seed)
     image, mask = _pair(_blobs(height, width, seed))
     new_image, new_mask = training_transform(crop)(image, mask)

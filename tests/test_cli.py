@@ -15,7 +15,7 @@ from PIL import Image
 from training_helpers import NAMES, flags, make_data, random_run
 from transformers import AutoConfig
 
-from hf_ctxseg import preset, training
+from hf_ctxseg import predict, preset, training
 from hf_ctxseg.cli import VERBS, main
 
 
@@ -277,15 +277,16 @@ def test_scores_are_printed_as_asked_for(clean, run, tmp_path, capsys):
     for report in ("json", "csv", "table"):
         assert _code("eval", run, "--data", clean, "--output_dir", tmp_path, "--report", report) == 0
         printed = capsys.readouterr()
-        assert printed.err.splitlines()[-1] == f"Metrics and a preview grid are in {tmp_path}."
+        assert printed.err.splitlines()[-1] == f"Metrics, confusion matrix and a preview grid are in {tmp_path}."
         found[report] = printed.out
     scores = json.loads(found["json"])
     assert scores["num_images"] == 3 and list(scores["per_category_iou"]) == list(NAMES)
     rows = list(csv.DictReader(found["csv"].splitlines()))
     assert {row["class"]: float(row["iou"]) for row in rows} == scores["per_category_iou"]
     lines = [line.split() for line in found["table"].splitlines()]
-    assert [line[0] for line in lines] == ["class", *NAMES, "mean", "pixel"]
-    assert float(lines[-2][1]) == pytest.approx(scores["mean_iou"], abs=1e-4)
+    assert [line[0] for line in lines[:6]] == ["class", *NAMES, "mean", "pixel"]
+    assert float(lines[4][1]) == pytest.approx(scores["mean_iou"], abs=1e-4)
+    assert {row["class"]: float(row["boundary_iou"]) for row in rows} == scores["per_category_boundary_iou"]
 
 
 def test_wrong_model_or_split_is_refused(clean, run, tmp_path, capsys):
@@ -310,6 +311,22 @@ def test_predict_goes_on_past_a_bad_file(clean, run, tmp_path, capsys):
     with Image.open(tmp_path / "out" / "002_mask.png") as mask:
         assert mask.size == (37, 51)
     assert _code("predict", run, pictures / "000.png", "--out", tmp_path / "other") == 0
+
+
+def test_eval_and_predict_look_as_they_are_told(clean, run, tmp_path, capsys):
+    views = ["--window", 32, "--overlap", 0.25, "--blend", "constant", "--scales", 0.75, 1, "--flip"]
+    assert _code("eval", run, "--data", clean, "--output_dir", tmp_path / "eval", "--report", "json", *views) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    expected = {"window": 32, "overlap": 0.25, "blend": "constant", "scales": [0.75, 1.0], "flip": True}
+    assert {name: settings[name] for name in expected} == expected
+    picture = clean / "val" / "images" / "000.png"
+    assert _code("predict", run, picture, "--out", tmp_path / "out", *views) == 0
+    with Image.open(tmp_path / "out" / "000_mask.png") as mask:
+        found = predict(run, picture, **{**expected, "scales": (0.75, 1)})
+        assert np.array_equal(np.asarray(mask), found.mask)
+    capsys.readouterr()
+    assert _code("predict", run, picture, "--out", tmp_path / "out", "--overlap", 1) == 2
+    assert "overlap is 1.0, but must be a share" in capsys.readouterr().err
 
 
 def test_predict_without_picture_or_model_is_refused(clean, run, tmp_path, capsys):

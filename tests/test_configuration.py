@@ -133,12 +133,12 @@ def test_fields_of_a_head_belong_to_it():
         ({"num_labels": 256}, "semantic_loss_ignore_index is 255.*LABEL_255"),
     ],
 )
-def test_bad_classes_are_refused(names, text):
+def test_l7_bad_classes_are_refused(names, text):
     with pytest.raises(ValueError, match=text):
         DeepLabV3Config(**names)
 
 
-def test_names_of_classes_are_completed():
+def test_l7_names_of_classes_are_completed():
     config = DeepLabV3Config(id2label={"1": "road", "0": "sky"})
     assert config.num_labels == 2
     assert config.id2label == {0: "sky", 1: "road"}

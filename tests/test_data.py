@@ -124,7 +124,7 @@ def _read_back(tmp_path, image, suffix=".png"):
     return FolderSamples([(path, path)], tmp_path).label(0)
 
 
-def test_label_modes_keep_their_indices(tmp_path):
+def test_l4_label_modes_keep_their_indices(tmp_path):
     ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
     palette = Image.fromarray(ids)
     palette.putpalette([(7 * i) % 256 for i in range(768)])
@@ -146,7 +146,7 @@ def test_label_modes_keep_their_indices(tmp_path):
     assert bits.dtype == np.uint8 and np.array_equal(bits, ids > 5)
 
 
-def test_wide_ids_are_kept(tmp_path):
+def test_l4_wide_ids_are_kept(tmp_path):
     sixteen = np.array([[0, 300, 65535]], dtype=np.uint16)
     label = _read_back(tmp_path, Image.fromarray(sixteen))
     assert label.dtype == np.int32 and label.tolist() == [[0, 300, 65535]]
@@ -154,10 +154,11 @@ def test_wide_ids_are_kept(tmp_path):
     assert negative.tolist() == [[-100, 3]]
 
 
-def test_colours_and_fractions_are_no_labels(tmp_path):
+def test_l4_colours_and_fractions_are_no_labels(tmp_path):
     message = (
         r"labels/017.png is an RGB picture \(mode RGB\), but a label map holds one class index per pixel; convert the "
-        r"colours to indices \(a palette PNG or 8-bit grey\)"
+        r"colours to indices \(a palette PNG or 8-bit grey\), or say in a recipe which colour is which "
+        r"class \(--recipe\)"
     )
     with pytest.raises(ValueError, match=message):
         read_label(Image.new("RGB", (2, 2), (128, 0, 0)), "labels/017.png")
@@ -217,7 +218,7 @@ def test_broken_files_are_named(tmp_path, damage, cause, kind, suffix):
     assert str(tmp_path) not in str(caught.value) and caught.value.__cause__ is not None
 
 
-def test_sizes_must_agree(root):
+def test_l3_sizes_must_agree(root):
     Image.new("L", (9, 12)).save(root / "train/labels/000.png")
     with pytest.raises(ValueError, match=r"train/labels/000.png is 9x12 pixels, but train/images/000.png is 12x9"):
         read_pair(load_data(root).train, 0)
@@ -287,7 +288,7 @@ def test_a_split_that_is_not_asked_for_may_be_incomplete(root):
         load_data(root, eval_split="test")
 
 
-def test_files_without_partner_are_listed_both_ways(root):
+def test_l6_files_without_partner_are_listed_both_ways(root):
     for i in range(12):
         Image.new("RGB", (12, 9)).save(root / f"train/images/new{i:02}.jpg")
     Image.new("L", (12, 9)).save(root / "train/labels/new00_mask.png")
@@ -313,7 +314,7 @@ def test_files_without_partner_are_listed_both_ways(root):
         (lambda r: [(r / s / "images").rename(r / s / "image") for s in ("train", "val")], "no data set in a known"),
     ],
 )
-def test_mistakes_in_folders(root, spoil, message):
+def test_l6_mistakes_in_folders(root, spoil, message):
     spoil(root)
     with pytest.raises(ValueError, match=message):
         load_data(root)

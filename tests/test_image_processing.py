@@ -255,7 +255,7 @@ def test_label_maps_come_through_unchanged(form):
     np.testing.assert_allclose(encoded["pixel_values"][0].numpy(), normalised(PIXELS), atol=2e-6)
 
 
-def test_label_maps_are_resized_to_the_nearest():
+def test_l5_label_maps_are_resized_to_the_nearest():
     labels = np.zeros((8, 8), np.uint8)
     labels[2:, 4:] = 9
     labels[6:, :] = 255

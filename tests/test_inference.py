@@ -81,6 +81,37 @@ def test_rotated_pictures_give_upright_masks(model, picture, expected, tmp_path)
         assert np.array_equal(predict(model, image).mask, expected)
 
 
+def test_views_average_probabilities_at_the_picture_s_size(run_folder, model, picture):
+    processor = Predictor(model).processor
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    chances = []
+    for scale in (1, 1.5):
+        scaled = F.interpolate(pixels, (int(45 * scale + 0.5), int(61 * scale + 0.5)), mode="bilinear", antialias=True)
+        with torch.inference_mode():
+            for mirror in (False, True):
+                logits = model(scaled.flip(-1) if mirror else scaled).logits
+                upsampled = F.interpolate(logits, (45, 61), mode="bilinear").softmax(1)[0]
+                chances.append(upsampled.flip(-1) if mirror else upsampled)
+    found = predict(run_folder, picture, scales=(1, 1.5), flip=True)
+    assert np.array_equal(found.mask, torch.stack(chances).mean(0).argmax(0).numpy())
+    assert not np.array_equal(found.mask, predict(model, picture).mask)
+
+
+def test_a_window_that_covers_the_picture_changes_nothing(model, picture, expected):
+    assert np.array_equal(predict(model, picture, window=64).mask, expected)
+    small = predict(model, picture, window=24).mask
+    assert small.shape == expected.shape and not np.array_equal(small, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"window": 0}, "window is 0"), ({"scales": [0.0]}, "scales are"), ({"overlap": -1}, "overlap is -1")],
+)
+def test_views_out_of_range_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Predictor(model, **options)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 50), (70, 33)])
 def test_pictures_of_any_size(model, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))

@@ -56,7 +56,7 @@ def test_table_shows_shares_and_absent_classes(root):
     assert lines[5] == "never occurs: car"
 
 
-def test_foreign_values_are_named_with_their_cure(root):
+def test_l1_foreign_values_are_named_with_their_cure(root):
     label = np.zeros((6, 10), np.uint8)
     label[0] = 23
     label[1, 0] = 23
@@ -75,7 +75,7 @@ def test_foreign_values_are_named_with_their_cure(root):
 
 
 @pytest.mark.parametrize(("value", "dtype", "suffix"), [(300, np.uint16, ".png"), (-1, np.int32, ".tif")])
-def test_values_beyond_8_bits_are_found(root, value, dtype, suffix):
+def test_l1_values_beyond_8_bits_are_found(root, value, dtype, suffix):
     (root / "train/labels/000.png").unlink()
     label = np.zeros((6, 8), dtype)
     label[3, 3] = value

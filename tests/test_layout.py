@@ -29,6 +29,7 @@ MODEL_FILES = {
     "dense_loss": {"plain_formulas", "upsampling"},
     "backbone_probe": set(),
     "backbone_edit": set(),
+    "recomputation": {"backbone_edit"},
     "peer_backbones": set(),
     "tf_mobilenet": set(),
     "tf_xception": set(),
@@ -52,6 +53,7 @@ MODEL_FILES = {
         "dense_loss",
         "backbone",
         "nonlocal_block",
+        "recomputation",
         "weight_files",
     },
 }
@@ -73,6 +75,7 @@ ABOVE = {
     "evaluation": {"__init__", "cli"},
     "trainer": {"cli", "demo", "evaluation", "report", "training"},
     "report": {"evaluation", "training"},
+    "scoring": {"cli", "report", "trainer"},
 }
 
 

@@ -63,6 +63,7 @@ def test_scores_of_a_matrix_worked_out_by_hand():
     assert result["mean_iou"] == pytest.approx((3 / 4 + 4 / 7) / 3)
     assert result["mean_accuracy"] == pytest.approx((3 / 4 + 4 / 6) / 2)
     assert result["overall_accuracy"] == pytest.approx(7 / 10)
+    assert result["frequency_weighted_iou"] == pytest.approx(4 / 10 * 3 / 4 + 6 / 10 * 4 / 7)
 
 
 def test_false_positives_lower_the_iou():
@@ -202,6 +203,29 @@ def test_counts_beyond_32_bits_are_exact():
     metric.add_matrix(np.array([[2**40, 0], [0, 1]]))
     metric.add(prediction=[[0]], reference=[[0]])
     assert metric.confusion_matrix.tolist() == [[2**40 + 1, 0], [0, 1]]
+
+
+def test_n8_counts_of_millions_of_pixels_are_exact_in_any_order():
+    """Row N8: exact int64 counts, whatever the order; the absent class left out of the mean, and NaN."""
+    rng = np.random.default_rng(0)
+    pairs = [make_masks(seed, 5, (int(height), 2000)) for seed, height in enumerate(rng.integers(100, 900, 6))]
+    found = []
+    for order in (range(6), reversed(range(6))):
+        metric = MeanIoU(7)
+        for index in order:
+            metric.add(prediction=torch.tensor(pairs[index][0]), reference=torch.tensor(pairs[index][1]))
+        assert metric.confusion_matrix.dtype == np.int64
+        found.append((metric.confusion_matrix, metric.compute()))
+    (matrix, result), (again, same) = found
+    np.testing.assert_array_equal(matrix, again)
+    np.testing.assert_equal(result, same)
+    prediction, reference = (np.concatenate([pair[side].ravel() for pair in pairs]) for side in (0, 1))
+    assert len(reference) > 3_000_000
+    hits = [int(((prediction == label) & (reference == label)).sum()) for label in range(5)]
+    unions = [int((((prediction == label) | (reference == label)) & (reference != 255)).sum()) for label in range(5)]
+    expected = [hit / union for hit, union in zip(hits, unions, strict=True)]
+    assert result["per_category_iou"][:5] == expected and result["mean_iou"] == pytest.approx(np.mean(expected))
+    assert all(math.isnan(iou) for iou in result["per_category_iou"][5:])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

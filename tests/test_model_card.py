@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_ctxseg import model_card
-from hf_ctxseg.model_card import card_pictures, public_command, public_json, public_text, render_card, write_card
+from hf_ctxseg.model_card import card_pictures, render_card, write_card
+from hf_ctxseg.publishable import public_command, public_json, public_text
 
 HOSTILE = [
     "road|lane",
@@ -75,6 +76,13 @@ def facts(names, seed=0):
             "mean_iou": draw.random(),
             "mean_accuracy": draw.random(),
             "overall_accuracy": draw.random(),
+            "boundary_iou": draw.random(),
+            "frequency_weighted_iou": draw.random(),
+            "trimap_mean_iou": {"1": draw.random(), "16": draw.random()},
+            "worst_confusions": [
+                {"reference": name, "prediction": classes[0], "pixels": draw.randrange(10**6), "share": draw.random()}
+                for name in classes[1:]
+            ],
             "per_category_iou": ious,
             "per_category_accuracy": {name: iou and draw.random() for name, iou in ious.items()},
             "loss": draw.random() * 5,
@@ -115,6 +123,7 @@ def written_numbers(config, metrics):
     """Every way in which the card may write a number of its sources."""
     allowed = {str(len(config["id2label"])), str(len(metrics["evaluation"]["per_category_iou"]))}
     allowed.add(str(sum(iou is None for iou in metrics["evaluation"]["per_category_iou"].values())))
+    allowed |= set(metrics["evaluation"]["trimap_mean_iou"])
     for value in leaves([config, metrics]):
         if isinstance(value, str):
             allowed |= set(re.findall(r"\d+(?:\.\d+)*", value))
@@ -238,6 +247,19 @@ def test_limits_name_unseen_and_unscored_classes_and_the_ranking_is_right(save):
     assert "Worst: car (10.0 %), tree (50.0 %)." in card
 
 
+def test_the_card_tells_what_is_confused_and_how_edges_fare(save):
+    config, metrics = facts(["sky", "road", "a|b"])
+    metrics["evaluation"] |= {
+        "boundary_iou": 0.25,
+        "trimap_mean_iou": {"4": 0.125, "8": None},
+        "worst_confusions": [{"reference": "a|b", "prediction": "/sky", "pixels": 9, "share": 0.5}],
+    }
+    card = render_card(save(config, metrics, ["confusion.png"]))
+    assert "Most pixels confused, with their share of the class: a\\|b taken for /sky (50.0 %)." in card
+    assert "| boundary IoU | 25.0 % |" in card and "| trimap mean IoU, 4 px from edges | 12.5 % |" in card
+    assert "![confusion matrix](confusion.png)" in card
+
+
 def test_the_card_shows_the_newest_preview_and_only_pictures_that_are_there(save):
     config, metrics = facts(["sky", "road"])
     names = ["previews/step-000900.png", "previews/step-1000.png", "previews/other.png", "curves.png"]
@@ -249,7 +271,7 @@ def test_the_card_shows_the_newest_preview_and_only_pictures_that_are_there(save
 
 def test_numbers_that_are_not_finite_count_as_unknown(save):
     config, metrics = facts(["sky", "road"])
-    metrics["evaluation"] |= {"mean_iou": float("nan"), "loss": float("inf")}
+    metrics["evaluation"] |= {"mean_iou": float("nan"), "loss": float("inf"), "trimap_mean_iou": {}}
     card = render_card(save(config, metrics))
     assert "nan" not in card.lower() and "| loss |" not in card and "mean IoU" not in card
     assert ModelCard(card).data.eval_results is None

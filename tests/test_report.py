@@ -104,11 +104,18 @@ def test_absent_classes_and_missing_scores_are_reported(line, metrics, tmp_path)
     classes = ClassInfo(NAMES, tuple(default_palette(3)))
     metrics["evaluation"]["per_category_iou"]["box"] = math.nan
     scores = {"per_category_iou": [0.5, 0.25, math.nan], "per_category_accuracy": [1.0, 1.0, math.nan]}
+    scores["confusion_matrix"] = np.array([[3, 1, 0], [2, 2, 0], [0, 0, 0]])
     history = [{"step": 1, "loss": 1.0, "learning_rate": 0.1}]
     write_report(tmp_path, metrics, history, classes, scores)
     assert json.loads((tmp_path / "metrics.json").read_text())["evaluation"]["per_category_iou"]["box"] is None
     assert (tmp_path / "per_class.csv").read_text().splitlines()[3].startswith("box,,,")
-    assert {path.name for path in tmp_path.glob("*.png")} == {"curves.png", "per_class.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"confusion.png", "curves.png", "per_class.png"}
+    assert (tmp_path / "confusion.csv").read_text().splitlines() == [
+        "reference \\ prediction,ground,disc,box",
+        "ground,3,1,0",
+        "disc,2,2,0",
+        "box,0,0,0",
+    ]
 
 
 def test_farewell_says_what_to_type_next(line, metrics):

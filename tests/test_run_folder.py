@@ -11,10 +11,10 @@ from training_helpers import random_run
 from transformers import AutoModelForSemanticSegmentation, IntervalStrategy
 
 from hf_ctxseg import run_folder
+from hf_ctxseg.checkpoints import publish
 from hf_ctxseg.run_folder import (
     check_run,
     is_finished,
-    newest_checkpoint,
     prepare_run,
     save_model,
     write_arguments,
@@ -24,14 +24,11 @@ from hf_ctxseg.run_folder import (
 
 
 def _checkpoint(run, step):
-    """A checkpoint as Trainer leaves one."""
-    folder = run / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    save_file({"weight": torch.zeros(100)}, folder / "model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.save({}, folder / name)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return folder
+    """A checkpoint that is complete."""
+    partial = run / f"checkpoint-{step}.partial"
+    partial.mkdir(parents=True)
+    save_file({"weight": torch.zeros(100)}, partial / "model.safetensors")
+    publish(partial, run / f"checkpoint-{step}")
 
 
 def test_new_run_is_made_with_its_parents(tmp_path):
@@ -41,37 +38,7 @@ def test_new_run_is_made_with_its_parents(tmp_path):
     assert prepare_run(run, resume=True) is None
 
 
-def test_newest_checkpoint_is_the_highest_step_not_the_last_name(tmp_path):
-    for step in (5, 100, 20):
-        _checkpoint(tmp_path, step)
-    assert newest_checkpoint(tmp_path).name == "checkpoint-100"
-    assert prepare_run(tmp_path, resume=True).name == "checkpoint-100"
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
-def test_checkpoint_without_a_file_is_passed_over(tmp_path, name):
-    _checkpoint(tmp_path, 5)
-    (_checkpoint(tmp_path, 6) / name).unlink()
-    assert newest_checkpoint(tmp_path).name == "checkpoint-5"
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
-@pytest.mark.parametrize("keep", [0, 0.5])
-def test_checkpoint_with_a_cut_file_is_passed_over(tmp_path, name, keep):
-    _checkpoint(tmp_path, 5)
-    torn = _checkpoint(tmp_path, 6) / name
-    content = torn.read_bytes()
-    torn.write_bytes(content[: int(keep * len(content))])
-    assert newest_checkpoint(tmp_path).name == "checkpoint-5"
-
-
-def test_only_torn_checkpoints_mean_starting_anew(tmp_path):
-    (_checkpoint(tmp_path, 6) / "trainer_state.json").unlink()
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "nowhere") is None
-
-
-@pytest.mark.parametrize("held", ["args.yaml", "config.json", "checkpoint-3"])
+@pytest.mark.parametrize("held", ["args.yaml", "checkpoint-3"])
 def test_folder_that_holds_a_run_is_refused_and_left_as_it_is(tmp_path, held):
     if held.startswith("checkpoint"):
         _checkpoint(tmp_path, 3)
@@ -100,6 +67,7 @@ def test_finished_run_is_neither_resumed_nor_overwritten(tmp_path):
 
 
 def test_resumed_run_does_not_look_finished(tmp_path):
+    (tmp_path / "args.yaml").write_text("{}")
     (tmp_path / "config.json").write_text("{}")  # without weights: cut off between the two
     prepare_run(tmp_path, resume=True)
     assert not (tmp_path / "config.json").exists()
@@ -128,7 +96,7 @@ def test_model_is_complete_only_when_its_config_is_there(tmp_path, monkeypatch):
     processor = run_folder.CtxSegImageProcessor()
     with pytest.raises(OSError, match="disk full"):
         save_model(run, model, processor)
-    assert set(order) == {"model.safetensors", "preprocessor_config.json", "config.json"}
+    assert set(order) == {"manifest.json", "model.safetensors", "preprocessor_config.json", "config.json"}
     assert not is_finished(run)
     with pytest.raises((OSError, ValueError), match=r"config\.json"):
         AutoModelForSemanticSegmentation.from_pretrained(run)
@@ -137,6 +105,7 @@ def test_model_is_complete_only_when_its_config_is_there(tmp_path, monkeypatch):
     assert is_finished(run)
     assert sorted(path.name for path in run.iterdir()) == [
         "config.json",
+        "manifest.json",
         "model.safetensors",
         "preprocessor_config.json",
     ]

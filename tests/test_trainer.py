@@ -12,8 +12,9 @@ from transformers import TrainerCallback, TrainerState
 import hf_ctxseg
 from hf_ctxseg import CtxSegImageProcessor, DeepLabV3Config, DeepLabV3ForSemanticSegmentation
 from hf_ctxseg.arguments import CtxSegTrainingArguments
+from hf_ctxseg.console import ConsoleCallback, duration
 from hf_ctxseg.samples import ClassInfo
-from hf_ctxseg.trainer import ConsoleCallback, SegmentationTrainer, duration, score_table
+from hf_ctxseg.trainer import SegmentationTrainer
 from hf_ctxseg.visualization import default_palette
 
 CLASSES = ClassInfo(NAMES, tuple(default_palette(3)))
@@ -210,20 +211,3 @@ def test_console_lines():
 )
 def test_durations_are_read_aloud(seconds, text):
     assert duration(seconds) == text
-
-
-def test_score_table_shows_absent_classes():
-    scores = {
-        "per_category_iou": {"sky": 0.5, "traffic light": math.nan},
-        "per_category_accuracy": {"sky": 0.75, "traffic light": math.nan},
-        "mean_iou": 0.5,
-        "mean_accuracy": 0.75,
-        "overall_accuracy": 0.875,
-    }
-    assert [line.split() for line in score_table(scores).splitlines()] == [
-        ["class", "IoU", "accuracy"],
-        ["sky", "0.5000", "0.7500"],
-        ["traffic", "light", "absent", "absent"],
-        ["mean", "0.5000", "0.7500"],
-        ["pixel", "accuracy", "0.8750"],
-    ]

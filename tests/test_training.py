@@ -45,6 +45,7 @@ def test_run_folder_is_whole(line):
         assert (run / name).stat().st_size > 0, name
     pictures = sorted(path.relative_to(run).as_posix() for path in run.rglob("*.png"))
     assert pictures == [
+        "confusion.png",
         "contact_sheet.png",
         "curves.png",
         "per_class.png",
@@ -56,6 +57,7 @@ def test_run_folder_is_whole(line):
             picture.load()
             assert min(picture.size) > 50 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
     assert [line.split(",")[0] for line in (run / "per_class.csv").read_text().splitlines()] == ["class", *NAMES]
+    assert [line.split(",")[0] for line in (run / "confusion.csv").read_text().splitlines()][1:] == list(NAMES)
     assert not (run / "model.partial").exists()
     assert f"ctxseg predict {run}" in printed
 

@@ -296,6 +296,24 @@ def test_bars_refuse_unequal_lists(tmp_path):
         plot_per_class(NAMES, [0.1], tmp_path / "bars.png")
 
 
+@pytest.mark.parametrize("count", [1, 3, 30])
+def test_confusion_is_as_dark_as_its_share(count, tmp_path):
+    matrix = np.zeros((count, count), int)
+    matrix[:, -1] = 7  # every class is taken for the last one
+    plots.plot_confusion([f"class {i} $_" for i in range(count)], matrix, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        dark = (np.asarray(picture.convert("RGB")) == (8, 48, 107)).all(-1)  # the end of matplotlib's Blues
+    rows, columns = np.nonzero(dark)
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert height == pytest.approx(count * width, abs=2 + count)
+    assert dark.sum() > (0.6 if count <= 25 else 0.95) * height * width  # the rest is what is written on it
+
+
+def test_confusion_refuses_other_sizes(tmp_path):
+    with pytest.raises(ValueError, match=r"3 class names, but a matrix of \(2, 2\)"):
+        plots.plot_confusion(NAMES, np.eye(2), tmp_path / "confusion.png")
+
+
 def test_plots_need_no_pyplot_and_import_matplotlib_late(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     plot_curves(HISTORY, tmp_path / "curves.png")

@@ -1,7 +1,10 @@
 """Tiny data sets of coloured shapes, and a training that takes a second."""
 
 import io
-from contextlib import redirect_stdout
+import multiprocessing
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -131,6 +134,13 @@ def random_run(folder, names=NAMES, **fields):
 def weights(folder):
     """The tensors of a saved model."""
     return load_file(Path(folder) / "model.safetensors")
+
+
+def run_silently(argv):
+    """Run a verb in a process of its own, whose exit code becomes the command's."""
+    multiprocessing.set_start_method("fork", force=True)  # of its data loaders, as where nobody chose another
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        sys.exit(main(argv))
 
 
 def same_weights(one, other):
