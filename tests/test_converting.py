@@ -110,6 +110,7 @@ def test_a_conversion_leaves_nothing_but_the_folder(converted):
     assert os.stat(converted).st_mode & 0o500 == 0o500
 
 
+@pytest.mark.slow
 def test_safetensors_are_taken_and_a_script_does_the_same(peer, tmp_path, converted):
     source = tmp_path / "weights.safetensors"
     save_file(peer.state_dict(), source)
@@ -358,6 +359,7 @@ def test_c8_missing_surplus_and_broken_tensors_are_refused_on_convert(peer, tmp_
         assert message in refused(capsys, tmp_path, tmp_path / "spoilt.pth")
 
 
+@pytest.mark.slow
 def test_verification_with_stored_logits(converted, checkpoint, peer, photo, tmp_path, capsys):
     processor = AutoImageProcessor.from_pretrained(converted)
     pixels = processor(Image.open(photo), return_tensors="pt")["pixel_values"]

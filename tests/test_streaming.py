@@ -201,6 +201,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
         load_data(tmp_path / "files", labels="a", streaming=True)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_resumes_bit_for_bit(tmp_path, capsys):
     root = _write(tmp_path / "data")
     settings = as_arguments(

@@ -417,7 +417,7 @@ def test_s6_weights_that_are_not_finite_are_not_saved(line, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("workers", "split"),
-    [(1, "train"), (0, "val"), pytest.param(0, "train", marks=SLOW), pytest.param(1, "val", marks=SLOW)],
+    [(1, "train"), *(pytest.param(*case, marks=SLOW) for case in ((0, "val"), (0, "train"), (1, "val")))],
 )
 def test_s7_picture_deleted_in_mid_run_is_named(small, tmp_path, monkeypatch, capsys, workers, split):
     picture = small / split / "images" / "001.png"
