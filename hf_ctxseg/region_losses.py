@@ -140,8 +140,9 @@ def _lovasz(
     p_c · g_c - p_c · Σ p_j g_j: the first term is made class by class, the second in one pass at the end.
     """
     size = (labels.shape[1], labels.shape[2])
-    valid = labels != ignore_index
-    present = torch.unique(labels[valid]).tolist()
+    places = (labels != ignore_index).flatten().nonzero()[:, 0]
+    classes = labels.take(places)
+    present = torch.unique(classes).tolist()
     peak, total = _softmax_terms(logits, size, align_corners)  # (B, H, W) each
     loss, mean = peak.new_zeros(()), torch.zeros_like(peak)
     for index in present:
@@ -150,11 +151,13 @@ def _lovasz(
         for pictures, rows, values in upsampled_blocks(plane, size, align_corners):
             probability[pictures, rows] = values[:, :, 0].transpose(0, 1)
         probability.sub_(peak).exp_().div_(total)
-        class_loss, slope = _lovasz_of_class(probability[valid], (labels == index)[valid])
+        class_loss, slope = _lovasz_of_class(probability.take(places), classes == index)
         loss = loss + class_loss / len(present)
         if gradient is None:
             continue
-        field = torch.zeros_like(peak).masked_scatter_(valid, slope.div_(len(present))).mul_(probability)  # p_c g_c
+        field = torch.zeros_like(peak)
+        field.view(-1).index_copy_(0, places, slope.div_(len(present)))
+        field.mul_(probability)  # p_c g_c
         mean += field
         for pictures, rows, values in upsampled_blocks(plane, size, align_corners, gradient[:, index : index + 1]):
             values[:, :, 0] = field[pictures, rows].transpose(0, 1)
@@ -185,7 +188,7 @@ def _lovasz_of_class(probability: torch.Tensor, target: torch.Tensor) -> tuple[t
     1 / U if it is of the class and I / (U (U - 1)) if not, with I pixels of the class not yet wrong and U pixels in
     the union. Written so, and not as the difference of two ratios close to each other, it is exact in float32.
     """
-    errors, order = torch.where(target, 1 - probability, probability).sort(descending=True, stable=True)
+    errors, order = _largest_first(torch.where(target, 1 - probability, probability))
     target = target[order]
     missed = target.cumsum(0)
     intersection = missed[-1] - missed
@@ -194,6 +197,20 @@ def _lovasz_of_class(probability: torch.Tensor, target: torch.Tensor) -> tuple[t
     step = torch.where(target, step, step * intersection / (union - 1))
     slope = torch.empty_like(step).scatter_(0, order, torch.where(target, -step, step))
     return (errors * step).sum(), slope
+
+
+def _largest_first(errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort errors (N,), none of them below 0 but by rounding, and give their order too; equal ones stay as they come.
+
+    The bits of floating point numbers that are not negative grow with them. With the place in the lower half of an
+    integer, numpy sorts both at once, many times faster than torch sorts pairs.
+    """
+    if errors.dtype != torch.float32 or errors.device.type != "cpu" or torch.compiler.is_compiling():
+        return errors.sort(descending=True, stable=True)
+    keys = torch.arange(len(errors)).add_((0x7FFFFFFF - errors.clamp(min=0).view(torch.int32)).long() << 32)
+    keys.numpy().sort()
+    order = keys.bitwise_and_(0xFFFFFFFF)
+    return errors[order], order
 
 
 def _plain_lovasz(probabilities: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

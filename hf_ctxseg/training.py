@@ -18,6 +18,7 @@ from .checkpoints import checkpoints
 from .class_weights import find_class_weights
 from .data import CropMaker, DataSplits, EvaluationDataset, TrainingDataset, load_data
 from .early_stopping import has_converged
+from .freed_memory import keep_freed_memory
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .label_scan import LabelStatistics, scan_labels, write_contact_sheet
 from .model_building import build_model
@@ -113,6 +114,8 @@ def _run(
     if data_arguments.dry_run:
         tell(f"Dry run: nothing was trained. Look at {run / 'contact_sheet.png'}.")
         return TrainingResult(run, {}, model.eval(), processor)
+    if training_arguments.device.type == "cpu":
+        keep_freed_memory()
     started = time.monotonic()
     train_loss = _train(trainer, checkpoint)
     seconds = time.monotonic() - started
