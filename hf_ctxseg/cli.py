@@ -4,27 +4,16 @@ Exit codes: 0 done, 1 some inputs failed or a training could not go on, 2 usage 
 Ctrl-C or SIGTERM.
 """
 
-import argparse
-import csv
 import importlib
-import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-VERBS = {
-    "train": "fine-tune a model on a folder of images and masks",
-    "eval": "score a model on labelled pictures",
-    "predict": "segment pictures: masks and overlays",
-    "convert": "open a checkpoint of another code base, or write one for it",
-    "push": "publish a run folder on the Hub",
-    "models": "list heads, presets and backbones",
-    "doctor": "verify a run folder, a checkpoint or a saved model",
-    "demo": "train on generated scenes, from nothing to an overlay, in a few minutes",
-}
+from .cli_inference import run_eval, run_predict
+from .cli_parser import VERBS, make_parser
+from .cli_publishing import run_convert, run_push
 
 _TRAIN_HELP = """Examples:
   ctxseg train --data my_folder --backbone resnet50 --output_dir runs/a
@@ -109,15 +98,6 @@ def _is_no_load_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
-def _parser(verb: str, example: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"ctxseg {verb}",
-        usage=f"{example}\n\n{VERBS[verb].capitalize()}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
 def _train(argv: list[str]) -> int:
     from .arguments import parse_arguments, short_help
 
@@ -153,179 +133,9 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
-def _eval(argv: list[str]) -> int:
-    parser = _parser("eval", "ctxseg eval runs/a --data my_folder --split val")
-    parser.add_argument("model", help="run folder, or name of a model on the Hub")
-    parser.add_argument("--data", required=True, help="folder, parquet, or Hub data set")
-    parser.add_argument("--recipe", help="known data set (see ctxseg models --recipes), or a recipe file")
-    parser.add_argument("--split", help="split that is scored (default: the validation split)")
-    parser.add_argument("--labels", help="class names, where the data has none: file, or names with commas")
-    parser.add_argument("--ignore_index", type=int, help="label value without a class")
-    parser.add_argument("--image_column", help="column of the pictures in a table")
-    parser.add_argument("--label_column", help="column of the label maps in a table")
-    parser.add_argument("--output_dir", help="where metrics and preview go (default: MODEL/eval-SPLIT)")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures per step and device")
-    _add_views(parser)
-    parser.add_argument("--report", choices=("table", "json", "csv"), default="table", help="what is printed")
-    options = vars(parser.parse_args(argv))
-    report = options.pop("report")
-    from .evaluation import evaluate
-
-    metrics = evaluate(options.pop("model"), options.pop("data"), **options, say=_to_stderr)
-    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one speaks
-        _print_scores(metrics["evaluation"], report)
-    return 0
-
-
-def _add_views(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--window", type=int, help="edge of sliding windows in pixels (default: whole pictures)")
-    parser.add_argument("--overlap", type=float, default=0.5, help="share of a window that the next one covers too")
-    parser.add_argument("--blend", choices=("gaussian", "constant"), default="gaussian", help="weights of windows")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="factors of the pictures' size")
-    parser.add_argument("--flip", action="store_true", help="look at each mirrored left to right, too")
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _print_scores(scores: dict[str, Any], report: str) -> None:
-    from .run_folder import without_nan
-    from .scoring import score_table
-
-    if report == "table":
-        print(score_table(scores))
-        return
-    scores = without_nan(scores)
-    if report == "json":
-        print(json.dumps(scores, indent=2, ensure_ascii=False))
-    else:
-        writer = csv.writer(sys.stdout)
-        writer.writerow(["class", "iou", "accuracy", "boundary_iou"])
-        for name, iou in scores["per_category_iou"].items():
-            accuracy, boundary = (scores[f"per_category_{measure}"][name] for measure in ("accuracy", "boundary_iou"))
-            writer.writerow([name, iou, accuracy, boundary])
-
-
-def _predict(argv: list[str]) -> int:
-    parser = _parser("predict", "ctxseg predict runs/a photo.jpg more_photos/ --out masks")
-    parser.add_argument("model", help="run folder, or name of a model on the Hub")
-    parser.add_argument("images", nargs="+", help="picture files, and folders of them")
-    parser.add_argument("--out", required=True, type=Path, help="folder for NAME_mask.png and NAME_overlay.png")
-    parser.add_argument(
-        "--attention",
-        type=_pixel,
-        metavar="X,Y",
-        help="also draw what this pixel looks at in a model's non-local block: NAME_attention.png",
-    )
-    _add_views(parser)
-    options = parser.parse_args(argv)
-    from .inference import Predictor, find_pictures, predict_files
-
-    list(find_pictures(options.images))
-    views = {name: getattr(options, name) for name in ("window", "overlap", "blend", "scales", "flip")}
-    predictor = Predictor(options.model, **views)
-    written, failed = predict_files(predictor, options.images, options.out, options.attention)
-    for path in written:
-        print(path)
-    for message in failed:
-        print(f"ctxseg predict: {message}", file=sys.stderr)
-    if failed:
-        print(f"{len(failed)} of {len(written) + len(failed)} pictures could not be segmented.", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _pixel(text: str) -> tuple[int, int]:
-    try:
-        x, y = (int(number) for number in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no pixel: give its column and row, for example 120,80"
-        ) from error
-    return x, y
-
-
-_CONVERT_EXAMPLES = """ctxseg convert deeplabv3_resnet50_coco.pth models/a
-       ctxseg convert model.tflite models/b --verify photo.jpg
-       ctxseg convert best.pth models/c --encoder_name resnet34 --classes sky,road,car
-       ctxseg convert models/a weights.pth --to torchvision"""
-
-
-def _convert(argv: list[str]) -> int:
-    parser = _parser("convert", _CONVERT_EXAMPLES)
-    parser.add_argument("source", help="file, folder, or prefix of a TensorFlow checkpoint; with --to, a run folder")
-    parser.add_argument("output", help="new folder; with --to, a new file: FILE.pth or FILE.safetensors")
-    parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="if the file is not recognised")
-    parser.add_argument("--to", metavar="PEER", help="the other way: torchvision, mmseg or smp")
-    parser.add_argument("--output_stride", type=int, help="what the network was built with; tensors do not tell")
-    parser.add_argument("--atrous_rates", type=int, nargs="+", metavar="RATE", help="the same, of the pyramid")
-    parser.add_argument(
-        "--image_pooling_crop_size", type=int, nargs="+", metavar="EDGE", help="TensorFlow's, in pixels"
-    )
-    parser.add_argument("--multi_grid", type=int, nargs="+", metavar="FACTOR", help="TensorFlow's, of Xception")
-    parser.add_argument("--encoder_name", help="smp's name of the encoder, for a state dict of smp")
-    parser.add_argument("--peer_config", metavar="FILE", help="mmsegmentation's config, read as text")
-    parser.add_argument("--entry", help="entry of the checkpoint that holds the state dict (ema, model, …)")
-    parser.add_argument("--classes", metavar="FILE_OR_NAMES", help="class names: one a line, or with commas")
-    parser.add_argument("--license", help="licence of the weights, for the card")
-    parser.add_argument("--verify", metavar="IMAGE", help="compare with the source's own code, if installed, on it")
-    parser.add_argument("--logits", metavar="FILE", help="compare with these logits of IMAGE (.npy) instead")
-    options = vars(parser.parse_args(argv))
-    source, output, peer = options.pop("source"), options.pop("output"), options.pop("to")
-    if len(options["image_pooling_crop_size"] or ()) == 1:  # a square
-        options["image_pooling_crop_size"] = options["image_pooling_crop_size"][0]
-    from .converting import convert, convert_back
-
-    if peer is not None:
-        if given := sorted(name for name, value in options.items() if value is not None):
-            parser.error(f"--to takes no --{given[0].replace('source_format', 'from')}: leave it out")
-        print(convert_back(source, output, peer))
-        return 0
-    converted = convert(source, output, **options)
-    print(f"{converted.output_dir}: {converted.conversion.config.model_type} from {converted.source_format}")
-    for note in converted.conversion.notes:
-        print(f"- {note}")
-    if converted.comparison is not None:
-        print(f"Compared {converted.comparison}".replace("Compared not compared", "Not compared"))
-    return 0
-
-
-def _push(argv: list[str]) -> int:
-    parser = _parser("push", "ctxseg push runs/a my_name/my_model")
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("repo_id", help="name on the Hub: owner/name")
-    parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--no_pictures", action="store_true", help="leave out pictures of your data")
-    parser.add_argument("--yes", action="store_true", help="do not ask after listing what will go up")
-    options = parser.parse_args(argv)
-    from .publishing import push
-
-    url = push(
-        options.run,
-        options.repo_id,
-        private=options.private,
-        include_pictures=not options.no_pictures,
-        confirm=_agree if options.yes else _ask,
-    )
-    print(url if url else "Nothing was uploaded.")
-    return 0
-
-
-def _agree(listing: str) -> bool:
-    print(listing)
-    return True
-
-
-def _ask(listing: str) -> bool:
-    print(listing)
-    if not sys.stdin.isatty():
-        raise ValueError("There is nobody to confirm the upload: pass --yes.")
-    return input("Upload? [y/N] ").strip().lower() in ("y", "yes")
-
-
 def _models(argv: list[str]) -> int:
     examples = "[deeplabv3-resnet50]", "--backbones '*resnet*'", "--recipes"
-    parser = _parser("models", "\n       ".join(f"ctxseg models {example}" for example in examples))
+    parser = make_parser("models", "\n       ".join(f"ctxseg models {example}" for example in examples))
     parser.add_argument("name", nargs="?", help="preset or head whose configuration is printed")
     parser.add_argument(
         "--backbones",
@@ -359,7 +169,7 @@ def _models(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    parser = _parser("doctor", "ctxseg doctor runs/a")
+    parser = make_parser("doctor", "ctxseg doctor runs/a")
     parser.add_argument("folder", help="run folder, checkpoint or saved model")
     options = parser.parse_args(argv)
     from .doctor import diagnose
@@ -368,7 +178,7 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _demo(argv: list[str]) -> int:
-    parser = _parser("demo", "ctxseg demo --output_dir demo_output")
+    parser = make_parser("demo", "ctxseg demo --output_dir demo_output")
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="folder for scenes, run, overlay")
     options = parser.parse_args(argv)
     from .demo import run_demo
@@ -379,10 +189,10 @@ def _demo(argv: list[str]) -> int:
 
 _RUN = {
     "train": _train,
-    "eval": _eval,
-    "predict": _predict,
-    "convert": _convert,
-    "push": _push,
+    "eval": run_eval,
+    "predict": run_predict,
+    "convert": run_convert,
+    "push": run_push,
     "models": _models,
     "doctor": _doctor,
     "demo": _demo,

@@ -16,7 +16,8 @@ from training_helpers import NAMES, flags, make_data, random_run
 from transformers import AutoConfig
 
 from hf_ctxseg import predict, preset, training
-from hf_ctxseg.cli import VERBS, main
+from hf_ctxseg.cli import main
+from hf_ctxseg.cli_parser import VERBS
 
 
 @pytest.fixture(scope="module")
