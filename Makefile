@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 FLOOR := .venv-floor
 PARITY := .venv-parity
+PAGE := .venv-page
 BIN := $(VENV)/bin
 PYTEST := -m pytest -n 2
 FAST := -m "not slow"
@@ -11,7 +12,7 @@ FAST := -m "not slow"
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-floor parity bench soak lint clean
+.PHONY: help demo test test-full test-floor test-page parity bench soak lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -29,6 +30,10 @@ test-full: lint ## Lint, types and every test
 test-floor: $(FLOOR)/.dev ## The tests of `make test` on the lowest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python $(PYTEST) $(FAST)
 
+test-page: $(PAGE)/.dev ## The page of scripts/demo_app.py in a real browser: Debian's chromium, or playwright's
+	command -v chromium > /dev/null || $(PAGE)/bin/playwright install chromium
+	OMP_NUM_THREADS=1 $(PAGE)/bin/python -m pytest -W ignore tests/page  # what gradio's parts warn of is theirs
+
 parity: $(PARITY)/.dev ## Compare converted models with the code bases that their weights come from
 	OMP_NUM_THREADS=1 $(PARITY)/bin/python $(PYTEST) -W ignore tests/parity  # what the peers warn of is theirs
 
@@ -44,7 +49,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## Remove environments, caches and builds (trained runs stay)
-	rm -rf $(VENV) $(FLOOR) $(PARITY) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(FLOOR) $(PARITY) $(PAGE) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files .demo and .dev say that an environment is complete; they are renewed when pyproject.toml changes.
@@ -63,6 +68,12 @@ $(FLOOR)/.dev: pyproject.toml scripts/floor_requirements.py
 	$(FLOOR)/bin/python -m pip install --upgrade "pip>=25.1"
 	$(FLOOR)/bin/python scripts/floor_requirements.py > $(FLOOR)/constraints.txt
 	$(FLOOR)/bin/python -m pip install --editable ".[demo]" --group dev --constraint $(FLOOR)/constraints.txt
+	touch $@
+
+$(PAGE)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(PAGE)
+	$(PAGE)/bin/python -m pip install --upgrade "pip>=25.1"
+	$(PAGE)/bin/python -m pip install --editable . --group page
 	touch $@
 
 $(PARITY)/.dev: pyproject.toml

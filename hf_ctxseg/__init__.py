@@ -16,6 +16,7 @@ if "torch" not in sys.modules:
 from .aspp import ASPP
 from .catalogue import BackboneInfo, list_backbones
 from .configuration_ctxseg import CtxSegConfig
+from .crf import DenseCRF
 from .dense_loss import upsampled_cross_entropy
 from .folding import fold_batch_norm
 from .image_processing_ctxseg import CtxSegImageProcessor
@@ -25,7 +26,10 @@ from .modeling_deeplabv3 import DeepLabV3Config, DeepLabV3ForSemanticSegmentatio
 from .modeling_deeplabv3plus import DeepLabV3PlusConfig, DeepLabV3PlusForSemanticSegmentation, DeepLabV3PlusModel
 from .modeling_nonlocal import NonLocalConfig, NonLocalForSemanticSegmentation, NonLocalModel
 from .nonlocal_block import NonLocal1d, NonLocal2d, NonLocal3d
+from .picture_reading import open_image
+from .pixel_losses import upsampled_focal, upsampled_ohem
 from .presets import Preset, list_models, preset
+from .region_losses import upsampled_dice, upsampled_lovasz
 from .registry import MODELS, register
 from .upsampling import upsampled_argmax
 
@@ -40,10 +44,13 @@ if TYPE_CHECKING:
     from .conversion_tflite import from_tflite
     from .conversion_torchvision import from_torchvision
     from .converting import convert, convert_back
+    from .dataset_prediction import predict_dataset
     from .evaluation import evaluate
-    from .inference import Prediction, attention_map, predict
+    from .exporting import export
+    from .inference import Prediction, Predictor, attention_map, predict
     from .metrics import MeanIoU
-    from .publishing import push
+    from .publishing import push, push_all
+    from .remote_code import export_remote_code
     from .training import train
 
 __version__ = version("hf-ctxseg")
@@ -57,11 +64,14 @@ _LAZY = {
     "Conversion": "conversion",
     "MeanIoU": "metrics",
     "Prediction": "inference",
+    "Predictor": "inference",
     "aspp_from_state_dict": "conversion_layers",
     "attention_map": "inference",
     "convert": "converting",
     "convert_back": "converting",
     "evaluate": "evaluation",
+    "export": "exporting",
+    "export_remote_code": "remote_code",
     "from_caffe_deeplabv2": "conversion_caffe",
     "from_mmseg": "conversion_mmseg",
     "from_smp": "conversion_smp",
@@ -70,7 +80,9 @@ _LAZY = {
     "from_torchvision": "conversion_torchvision",
     "nonlocal_from_state_dict": "conversion_layers",
     "predict": "inference",
+    "predict_dataset": "dataset_prediction",
     "push": "publishing",
+    "push_all": "publishing",
     "to_mmseg": "conversion_back",
     "to_smp": "conversion_back",
     "to_torchvision": "conversion_back",
@@ -105,6 +117,7 @@ __all__ = [
     "DeepLabV3PlusConfig",
     "DeepLabV3PlusForSemanticSegmentation",
     "DeepLabV3PlusModel",
+    "DenseCRF",
     "MeanIoU",
     "NonLocal1d",
     "NonLocal2d",
@@ -113,12 +126,15 @@ __all__ = [
     "NonLocalForSemanticSegmentation",
     "NonLocalModel",
     "Prediction",
+    "Predictor",
     "Preset",
     "aspp_from_state_dict",
     "attention_map",
     "convert",
     "convert_back",
     "evaluate",
+    "export",
+    "export_remote_code",
     "fold_batch_norm",
     "from_caffe_deeplabv2",
     "from_mmseg",
@@ -129,9 +145,12 @@ __all__ = [
     "list_backbones",
     "list_models",
     "nonlocal_from_state_dict",
+    "open_image",
     "predict",
+    "predict_dataset",
     "preset",
     "push",
+    "push_all",
     "register",
     "to_mmseg",
     "to_smp",
@@ -139,4 +158,8 @@ __all__ = [
     "train",
     "upsampled_argmax",
     "upsampled_cross_entropy",
+    "upsampled_dice",
+    "upsampled_focal",
+    "upsampled_lovasz",
+    "upsampled_ohem",
 ]

@@ -185,6 +185,10 @@ class CtxSegTrainingArguments(TrainerOptions):
         default=True, metadata={"help": "Memory format of the weights on a GPU: faster with bf16 or fp16."}
     )
     preview_images: int = field(default=4, metadata={"help": "Validation pictures drawn at each evaluation."})
+    measure_cost: bool = field(
+        default=True,
+        metadata={"help": "Measure time and memory of the trained model for its card, in about 10 s at the end."},
+    )
     # What follows is needed by the trainer of this package and not for users to choose.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always false here."})
     batch_eval_metrics: bool = field(default=True, metadata={"help": "Always true here: scores are streamed."})

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .cli_card import run_card
+from .cli_export import run_export
 from .cli_inference import run_eval, run_predict
 from .cli_parser import VERBS, make_parser
 from .cli_publishing import run_convert, run_push
@@ -134,7 +136,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _models(argv: list[str]) -> int:
-    examples = "[deeplabv3-resnet50]", "--backbones '*resnet*'", "--recipes"
+    examples = "deeplabv3-resnet50", "--backbones '*resnet*'", "--recipes"
     parser = make_parser("models", "\n       ".join(f"ctxseg models {example}" for example in examples))
     parser.add_argument("name", nargs="?", help="preset or head whose configuration is printed")
     parser.add_argument(
@@ -169,12 +171,18 @@ def _models(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    parser = make_parser("doctor", "ctxseg doctor runs/a")
-    parser.add_argument("folder", help="run folder, checkpoint or saved model")
+    parser = make_parser("doctor", "ctxseg doctor\n       ctxseg doctor runs/a")
+    parser.add_argument(
+        "folder", nargs="?", help="run folder, checkpoint or saved model; without: versions, device, cache, disk"
+    )
     options = parser.parse_args(argv)
-    from .doctor import diagnose
+    from .doctor import diagnose, examine
 
-    return diagnose(options.folder)
+    if options.folder is not None:
+        return diagnose(examine(options.folder))
+    from .environment import examine_environment
+
+    return diagnose(examine_environment())
 
 
 def _demo(argv: list[str]) -> int:
@@ -192,6 +200,8 @@ _RUN = {
     "eval": run_eval,
     "predict": run_predict,
     "convert": run_convert,
+    "export": run_export,
+    "card": run_card,
     "push": run_push,
     "models": _models,
     "doctor": _doctor,

@@ -50,26 +50,39 @@ def run_convert(argv: list[str]) -> int:
     return 0
 
 
+_PUSH_EXAMPLES = """ctxseg push runs/a my_name/my_model
+       ctxseg push runs/a my_name/my_model --with_code
+       ctxseg push --all model_cards my_organisation"""
+
+
 def run_push(argv: list[str]) -> int:
     """Run `ctxseg push`; give the exit code."""
-    parser = make_parser("push", "ctxseg push runs/a my_name/my_model")
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("repo_id", help="name on the Hub: owner/name")
+    parser = make_parser("push", _PUSH_EXAMPLES)
+    parser.add_argument("run", help="run folder; with --all, a folder of such")
+    parser.add_argument("repo_id", help="name on the Hub: owner/name; with --all, the owner")
+    parser.add_argument("--all", action="store_true", help="push each folder in it that holds a model")
+    parser.add_argument("--with_code", action="store_true", help="add the code, for readers without this package")
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--no_pictures", action="store_true", help="leave out pictures of your data")
     parser.add_argument("--yes", action="store_true", help="do not ask after listing what will go up")
     options = parser.parse_args(argv)
-    from .publishing import push
+    from .publishing import push, push_all
 
-    url = push(
-        options.run,
-        options.repo_id,
-        private=options.private,
-        include_pictures=not options.no_pictures,
-        confirm=_agree if options.yes else _ask,
-    )
-    print(url if url else "Nothing was uploaded.")
-    return 0
+    settings = {
+        "private": options.private,
+        "include_pictures": not options.no_pictures,
+        "with_code": options.with_code,
+        "confirm": _agree if options.yes else _ask,
+    }
+    if not options.all:
+        print(push(options.run, options.repo_id, **settings) or "Nothing was uploaded.")
+        return 0
+    pushed, failed = push_all(options.run, options.repo_id, **settings)
+    for name, url in pushed.items():
+        print(f"{name}: {url or 'not uploaded'}")
+    for name, message in failed.items():
+        print(f"ctxseg push: {name}: {message}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _agree(listing: str) -> bool:
@@ -81,4 +94,7 @@ def _ask(listing: str) -> bool:
     print(listing)
     if not sys.stdin.isatty():
         raise ValueError("There is nobody to confirm the upload: pass --yes.")
-    return input("Upload? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("Upload? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False

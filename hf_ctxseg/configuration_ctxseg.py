@@ -7,11 +7,18 @@ nearest valid name, and each value is checked when the config is made.
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Of the package; each config.json holds it, so that an older package knows why it lacks a field.
+VERSION = "0.1.0"
 
 # Keys that transformers itself passes or writes beside the declared fields.
 _TRANSFORMERS_KEYS = {
@@ -78,6 +85,10 @@ def check_whole_numbers(name: str, values: Any, example: str) -> None:
         check_number(f"{name}[{index}]", value, 1, float("inf"), int)
 
 
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
 NONLOCAL_MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 
 
@@ -116,7 +127,8 @@ class CtxSegConfig(PreTrainedConfig):
         palette: One [red, green, blue] per class, 0 to 255, for pictures of masks; None: colours of the package.
 
     Raises:
-        ValueError: If a key is unknown, or a value is outside its range.
+        ValueError: If a key is unknown, or a value is outside its range. Unknown keys in the file of a newer version
+            are left out with a warning.
     """
 
     backbone: str = "resnet50"
@@ -147,8 +159,19 @@ class CtxSegConfig(PreTrainedConfig):
         for field in fields(self):  # as JSON gives them back
             if isinstance(getattr(self, field.name), tuple):
                 setattr(self, field.name, list(getattr(self, field.name)))
+        if not type(self).__module__.startswith("transformers_modules."):
+            kwargs.pop("auto_map", None)  # would be saved again, without the code that it names
+        written_by, self.ctxseg_version = str(kwargs.pop("ctxseg_version", VERSION)), VERSION
         known = {field.name for field in fields(self)}
-        self._refuse_unknown(set(kwargs) - known - _TRANSFORMERS_KEYS, known | {"num_labels"})
+        unknown = sorted(set(kwargs) - known - _TRANSFORMERS_KEYS)
+        if unknown and _numbers(written_by) > _numbers(VERSION):
+            logger.warning(
+                f"This {type(self).__name__} was written by hf-ctxseg {written_by}; {VERSION} does not know "
+                f"{', '.join(unknown)} and leaves it out: upgrade the package if results differ."
+            )
+            kwargs = {key: value for key, value in kwargs.items() if key not in unknown}
+        else:
+            self._refuse_unknown(unknown, known | {"num_labels"})
         names: Any = getattr(self, "id2label", None)
         indices: Any = getattr(self, "label2id", None)
         if names is None and isinstance(indices, Mapping) and indices:
@@ -178,13 +201,10 @@ class CtxSegConfig(PreTrainedConfig):
         return super().from_dict(config_dict | given, **kwargs)
 
     def _refuse_unknown(self, unknown: Iterable[str], known: Iterable[str]) -> None:
-        for key in sorted(unknown):
+        for key in unknown:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(self._own_fields()))}."
-            raise ValueError(
-                f"{type(self).__name__} has no field {key!r}: {hint} "
-                "(If the file was written by a newer hf-ctxseg, upgrade the package.)"
-            )
+            raise ValueError(f"{type(self).__name__} has no field {key!r}: {hint}")
 
     def _own_fields(self) -> set[str]:
         return {field.name for field in fields(self)} - {field.name for field in fields(PreTrainedConfig)}

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .samples import ClassInfo
+from .wording import duration
 
 
 class ConsoleCallback(TrainerCallback):
@@ -53,13 +54,3 @@ class ConsoleCallback(TrainerCallback):
                 f"loss {logs['eval_loss']:.4f}",
                 flush=True,
             )
-
-
-def duration(seconds: float) -> str:
-    """Write a time as people say it: `3 min 20 s`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForSemanticSegmentation
 
 from .configuration_ctxseg import CtxSegConfig
+from .wording import listed_tensors
 
 ConfigT = TypeVar("ConfigT", bound=CtxSegConfig)
 Tensors = Mapping[str, torch.Tensor]
@@ -61,7 +62,7 @@ def rename(tensors: Tensors, modules: Mapping[str, str], source: str) -> dict[st
         else:
             surplus.append(key)
     if surplus:
-        raise ValueError(f"{source} has no place for {_listed(surplus)}: remove them if they take no part.")
+        raise ValueError(f"{source} has no place for {listed_tensors(surplus)}: remove them if they take no part.")
     return renamed
 
 
@@ -82,21 +83,21 @@ def checked(config: ConfigT, tensors: Tensors, source: str) -> tuple[ConfigT, di
     tensors = {key: torch.tensor(0) for key in counters} | dict(tensors)
     findings = []
     if missing := [key for key in expected if key not in tensors]:
-        findings.append(f"lacks {_listed(missing)}")
+        findings.append(f"lacks {listed_tensors(missing)}")
     if surplus := [key for key in tensors if key not in expected]:
-        findings.append(f"has no place for {_listed(surplus)}")
+        findings.append(f"has no place for {listed_tensors(surplus)}")
     if wrong := [
         f"{key} {list(tensors[key].shape)} instead of {list(value.shape)}"
         for key, value in expected.items()
         if key in tensors and tensors[key].shape != value.shape
     ]:
-        findings.append(f"has other shapes: {_listed(wrong)}")
+        findings.append(f"has other shapes: {listed_tensors(wrong)}")
     if broken := [
         key
         for key, value in tensors.items()
         if not value.is_meta and value.is_floating_point() and not value.isfinite().all()
     ]:
-        findings.append(f"has values that are not finite in {_listed(broken)}")
+        findings.append(f"has values that are not finite in {listed_tensors(broken)}")
     if findings:
         raise ValueError(
             f"{source} does not fit a {config.model_type} model with the backbone {config.backbone!r}: it "
@@ -108,7 +109,7 @@ def checked(config: ConfigT, tensors: Tensors, source: str) -> tuple[ConfigT, di
 def require(tensors: Tensors, key: str, source: str) -> torch.Tensor:
     """Give the tensor of this name; raises `ValueError`, with the names there are, if it is missing."""
     if key not in tensors:
-        raise ValueError(f"{source} needs a tensor {key!r}, but was given {_listed(tensors)}.")
+        raise ValueError(f"{source} needs a tensor {key!r}, but was given {listed_tensors(tensors)}.")
     return tensors[key]
 
 
@@ -160,8 +161,3 @@ def check_rates(rates: Iterable[int], projection: torch.Tensor, source: str) -> 
     if len(rates) != dilated:
         raise ValueError(f"{source} was given the atrous rates {rates}, but its ASPP has {dilated} dilated branches.")
     return rates
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return f"{len(names)} tensors ({', '.join(names[:20])}{', …' if len(names) > 20 else ''})"

@@ -20,8 +20,9 @@ from .configuration_ctxseg import CtxSegConfig
 from .conversion import Conversion
 from .conversion_back import smp_arguments
 from .convert_mmseg_config import mmseg_preprocessing
-from .image_processing_ctxseg import CtxSegImageProcessor, open_image, to_rgb
+from .image_processing_ctxseg import CtxSegImageProcessor
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .picture_reading import open_image
 from .tflite_reader import read_tflite
 
 # Gives logits (1, K, h, w), or class indices (1, h, w), for pixel_values (1, 3, H, W).
@@ -75,9 +76,9 @@ def verify_conversion(
         ValueError: If a file cannot be read, or the stored logits have another number of classes.
         FileNotFoundError: If a file is not there.
     """
-    image = open_image(str(picture))
+    image = open_image(picture)
     if source.kind == "tflite":  # takes pictures of one size
-        image = to_rgb(image).resize(_tflite_size(source), Image.Resampling.BILINEAR)
+        image = image.resize(_tflite_size(source), Image.Resampling.BILINEAR)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     if stored is not None:
         return compare(model, pixels, _stored(Path(stored), model.config.num_labels), f"stored {Path(stored).name}")

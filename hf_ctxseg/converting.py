@@ -6,7 +6,6 @@ assumed, and how the result compares with its source.
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
@@ -27,6 +25,7 @@ from .convert_verify import Comparison, has_published_form, verify_conversion
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .model_card import write_card
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .new_folder import checked_target, new_folder, to_disk
 from .publishable import read_json
 from .registry import find_head, head_name
 from .run_folder import write_json
@@ -84,7 +83,7 @@ def convert(
         FileNotFoundError, ValueError: If something is missing, is not what it says, or cannot be carried over; then
             nothing is written.
     """
-    target = _checked_target(output_dir)
+    target = checked_target(output_dir)
     if logits is not None and verify is None:
         raise ValueError("--logits belongs to a picture: give it with --verify IMAGE.")
     with _refusing(source):
@@ -98,7 +97,7 @@ def convert(
     fields = {"align_corners": conversion.config.align_corners, **conversion.preprocessing}
     processor = CtxSegImageProcessor(**fields)
     comparison = None
-    with _folder(target) as partial:
+    with new_folder(target) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         # What the folder holds, as users will open it.
@@ -154,50 +153,6 @@ def _refusing(source: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _checked_target(output_dir: str | Path) -> Path:
-    target = Path(os.path.realpath(output_dir))  # a link is followed, not replaced
-    if target == Path.cwd():
-        raise ValueError("The output is the folder that you are in, which cannot be replaced: choose a new one.")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, but the output must be a folder: choose another name.")
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty, and nothing in it is overwritten: choose a new folder.")
-    return target
-
-
-@contextmanager
-def _folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside `target` that takes its place when the block ends, and vanishes if it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield partial
-        for path in partial.iterdir():
-            _to_disk(path)
-        partial.chmod(0o777 & ~_umask())  # a temporary folder is its maker's alone
-        if target.is_dir():
-            target.rmdir()
-        os.replace(partial, target)
-    except SafetensorError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{target} cannot be written ({error}): is there room?") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    path.chmod(0o666 & ~_umask())  # safetensors and temporary files are their maker's alone
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def convert_back(run: str | Path, output: str | Path, peer: str) -> str:
     """Write the weights of a model of ours under a peer's names.
 
@@ -237,7 +192,7 @@ def convert_back(run: str | Path, output: str | Path, peer: str) -> str:
             save_file(tensors, partial, metadata={"format": "pt"})
         else:
             torch.save(tensors, partial)
-        _to_disk(partial)
+        to_disk(partial)
         os.replace(partial, output)
     except BaseException:
         partial.unlink(missing_ok=True)

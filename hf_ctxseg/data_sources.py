@@ -4,15 +4,19 @@ Finds splits, pairs files by their stems and guesses columns; what is missing or
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .hub_errors import HUB_ERRORS, HUB_SECONDS, ask, cause_of, hub_error, impatient
+from .wording import listed
+
 if TYPE_CHECKING:
     import datasets
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 LABEL_FOLDERS = ("labels", "masks")
 IMAGE_COLUMNS = ("image", "pixel_values", "img", "images")
@@ -25,18 +29,12 @@ LAYOUTS = (
     "(masks serves as well as labels); a folder of parquet files; a folder that save_to_disk wrote"
 )
 WHOLE = ""  # names the only split of data without splits
-HUB_SECONDS = 5.0
 
 
 def near(name: str, known: Iterable[str]) -> str:
     """A hint at the most similar known name, or nothing."""
     match = get_close_matches(name, list(known), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def _shown(names: Iterable[str], count: int = 10) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def find_folders(root: Path) -> dict[str, tuple[Path, Path]]:
@@ -66,7 +64,7 @@ def find_folders(root: Path) -> dict[str, tuple[Path, Path]]:
         hint = next(filter(None, (near(name, ["images"]) for name in found)), "")
         raise ValueError(
             f"{root.name} holds no data set in a known layout: found "
-            f"{'the folders ' + _shown(found) if found else 'no folders'}{hint}; {LAYOUTS}."
+            f"{'the folders ' + listed(found) if found else 'no folders'}{hint}; {LAYOUTS}."
         )
     return splits
 
@@ -140,7 +138,7 @@ def _by_stem(root: Path, folder: Path, suffixes: tuple[str, ...]) -> dict[str, P
         else:
             stems[path.stem] = path
     if not stems:
-        found = f"only {_shown(others, 3)}" if others else "nothing"
+        found = f"only {listed(others, 3)}" if others else "nothing"
         raise ValueError(
             f"{_below(root, folder)} holds {found}, but files ending in {', '.join(suffixes)} are needed."
         )
@@ -182,11 +180,16 @@ def load_tables(
             )
         return {WHOLE: next(iter(_load_parquet(path.name, [path], streaming).values()))}
     name = path.as_posix()
-    if try_hub and re.fullmatch(r"[A-Za-z0-9][\w-]*(/[A-Za-z0-9][\w.-]*)?", name):
+    if try_hub and could_be_on_hub(name):
         return as_tables(_load_hub(name, streaming, split), split)
     beside = path.absolute().parent
     names = [folder.name for folder in _subfolders(beside)] if beside.is_dir() else []
     raise FileNotFoundError(f"There is no folder {name}{near(path.name, names)}; give the path of a data set.")
+
+
+def could_be_on_hub(name: str) -> bool:
+    """Whether a text has the form of a data set's name on the Hub."""
+    return re.fullmatch(r"[A-Za-z0-9][\w-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
 
 
 def as_tables(data: Any, split: str | None = None) -> "dict[str, datasets.Dataset | datasets.IterableDataset]":
@@ -224,14 +227,19 @@ def _load_parquet(
 ) -> "dict[str, datasets.Dataset | datasets.IterableDataset]":
     from datasets import load_dataset
 
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        # Named as the Hub does: train-00000-of-00002.parquet
-        start = re.match(r"[A-Za-z]\w*", file.stem)
-        splits.setdefault(start.group() if start else "train", []).append(str(file))
+    splits = parquet_splits(files)
     if split is not None:
         splits = {split: splits[split]}
     return dict(_readable(name, lambda: load_dataset("parquet", data_files=splits, streaming=streaming)))
+
+
+def parquet_splits(files: Iterable[Path]) -> dict[str, list[str]]:
+    """The splits of parquet files that are named as the Hub does: `train-00000-of-00002.parquet`."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        start = re.match(r"[A-Za-z]\w*", file.stem)
+        splits.setdefault(start.group() if start else "train", []).append(str(file))
+    return splits
 
 
 def _readable(name: str, load: Callable[[], Any]) -> Any:
@@ -244,28 +252,35 @@ def _readable(name: str, load: Callable[[], Any]) -> Any:
 
 
 def _load_hub(name: str, streaming: bool, split: str | None) -> Any:
-    from datasets import config, load_dataset
+    from datasets import load_dataset
+
+    with explained_hub(name), impatient():
+        return load_dataset(name, **({"streaming": True} if streaming else {}), **({"split": split} if split else {}))
+
+
+@contextmanager
+def explained_hub(name: str) -> Iterator[None]:
+    """Look for a data set on the Hub within; what goes wrong is told in our words.
+
+    Raises:
+        ConnectionError: If the Hub cannot be reached.
+        FileNotFoundError, PermissionError: If there is no such data set, or it may not be read.
+        ValueError: If it cannot be read.
+    """
+    from datasets import config
     from datasets.naming import camelcase_to_snakecase
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     *owner, short = name.split("/")
     cached = Path(config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(short)])).is_dir()
     found = f"{name!r} is no folder here, so it was looked for on the Hub"
     try:
         if not cached:  # asked once first, since datasets would try again for half a minute
-            HfApi().dataset_info(name, timeout=HUB_SECONDS)
-        return load_dataset(name, **({"streaming": True} if streaming else {}), **({"split": split} if split else {}))
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{found}: it is gated. Ask for access on its page and log in with `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{found}, which has no such data set, or a private one. Check the path or the name; for a private one "
-            f"log in with `hf auth login`."
-        ) from error
+            ask(lambda: HfApi().dataset_info(name, timeout=HUB_SECONDS))
+        yield
     except Exception as error:
+        if isinstance(cause := cause_of(error), HUB_ERRORS):
+            raise hub_error(cause, name, kind="data set") from error
         kind = ValueError if isinstance(error, ValueError) else ConnectionError
         raise kind(
             f"{found}, but could not be loaded from there ({type(error).__name__}: {error}). Check the path, or the "
@@ -273,7 +288,8 @@ def _load_hub(name: str, streaming: bool, split: str | None) -> Any:
         ) from error
 
 
-def _is_picture(feature: Any) -> bool:
+def is_picture(feature: Any) -> bool:
+    """Whether a feature holds pictures: `Image`, or what became of it in a file that does not say so."""
     from datasets import Image
 
     return isinstance(feature, Image) or (isinstance(feature, Mapping) and "bytes" in feature)
@@ -285,23 +301,23 @@ def pick_columns(table: Any, image_column: str | None, label_column: str | None)
     Raises:
         ValueError: If a named column is missing or none can be guessed; lists the columns.
     """
-    features = table.features
+    image = pick_column(table.features, image_column, IMAGE_COLUMNS, "--image_column")
+    return image, pick_column(table.features, label_column, LABEL_COLUMNS, "--label_column")
+
+
+def pick_column(features: Any, given: str | None, usual: Sequence[str], flag: str) -> str:
+    """Choose a column of pictures by the name given, or else by the usual ones; raises what `pick_columns` raises."""
     if features is None:
         raise ValueError("The stream does not say what its columns hold: pass one whose features are known.")
     kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-    pictures = [name for name, feature in features.items() if _is_picture(feature)]
-    chosen = []
-    for given, usual, flag in (
-        (image_column, IMAGE_COLUMNS, "--image_column"),
-        (label_column, LABEL_COLUMNS, "--label_column"),
-    ):
-        column = given or next((name for name in usual if name in pictures), None)
-        if column is None:
-            raise ValueError(f"Name the right column with {flag}: none is called {usual[0]!r} or alike among {kinds}.")
-        if column not in features:
-            raise ValueError(f"{flag} is {column!r}{near(column, features)}, but the columns are {kinds}.")
-        chosen.append(column)
-    return chosen[0], chosen[1]
+    column = given or next((name for name in usual if name in features and is_picture(features[name])), None)
+    if column is None:
+        raise ValueError(
+            f"Name the right column with {flag}: none of pictures is called {usual[0]!r} or alike among {kinds}."
+        )
+    if column not in features:
+        raise ValueError(f"{flag} is {column!r}{near(column, features)}, but the columns are {kinds}.")
+    return column
 
 
 def table_class_names(tables: Mapping[str, Any], label_column: str | None) -> tuple[str, ...] | None:

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
-from .backbone import packaged_weights
-from .console import duration
 from .demo_scenes import CLASSES, pixel_color_miou, render_scene, write_demo_dataset
 from .inference import predict
+from .packaged_weights import packaged_weights
 from .training import train
+from .wording import duration
 
 BACKBONE = "tf_efficientnet_lite0"
 UNSEEN_SEED = 2_000_000_003  # beyond every seed of the training and validation scenes

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from .checkpoints import MANIFEST, PARTIAL, checkpoints, find_damage
-from .publishing import weight_files
+from .publishable import weight_files
 from .registry import head_name
+from .wording import listed
 
 Verdict = Literal["ok", "note", "fail"]
 
@@ -59,9 +60,8 @@ def examine(folder: str | Path) -> list[Finding]:
     return found
 
 
-def diagnose(folder: str | Path, say: Callable[[str], None] = print) -> int:
-    """Print what `examine` finds, a line each; give 0 if all is well and 1 if not."""
-    found = examine(folder)
+def diagnose(found: Sequence[Finding], say: Callable[[str], None] = print) -> int:
+    """Print what was found, a line each; give 0 if all is well and 1 if not."""
     width = max(len(item.subject) for item in found)
     for item in found:
         say(f"{item.verdict:<4}  {item.subject:<{width}}  {item.text}")
@@ -78,7 +78,7 @@ def _examine_model(folder: Path) -> Iterator[Finding]:
     else:
         yield Finding("note", MANIFEST, "missing: a change of the files would not be noticed")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForSemanticSegmentation.from_config(config)
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -125,14 +125,13 @@ def _check_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str
         ("NaN or infinite", broken),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            complaints.append(f"{what}: {', '.join(names[:3])}{more}")
+            complaints.append(f"{what}: {listed(names, 3)}")
     return complaints
 
 
 def _check_processor(folder: Path, config: Any) -> list[str]:
     try:
-        processor = AutoImageProcessor.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         return [_short(error)]
     complaints = []

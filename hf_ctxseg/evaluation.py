@@ -31,6 +31,7 @@ def evaluate(
     label_column: str | None = None,
     output_dir: str | Path | None = None,
     batch_size: int = 1,
+    output_stride: int | None = None,
     window: int | None = None,
     overlap: float = 0.5,
     blend: Blend = "gaussian",
@@ -52,6 +53,7 @@ def evaluate(
         output_dir: Where metrics, confusion matrix and a preview grid are written; by default `<model>/eval-<split>`
             for a run folder, `<name>-eval-<split>` for a model of the Hub.
         batch_size: Pictures per step and device.
+        output_stride: Input pixels per step of the deepest map; None: the model's own.
         window: Edge of sliding windows in pixels; None looks at whole pictures.
         overlap: Share of a window that the next one covers too.
         blend: Weights of overlapping windows: gaussian or constant.
@@ -82,8 +84,7 @@ def evaluate(
     classes, split_name = _model_classes(predictor, loaded.classes, ignore_index), loaded.validation_name
     scan_labels(loaded.validation, classes, split=split_name)
     folder = Path(output_dir) if output_dir is not None else _default_folder(model, split_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = _trainer(predictor, loaded, classes, folder, batch_size)
+    trainer = _trainer(predictor, loaded, classes, folder, batch_size, output_stride)
     trainer.evaluate()
     metrics = {
         "model": describe_model(predictor.model, None),
@@ -99,10 +100,20 @@ def evaluate(
 
 
 def _trainer(
-    predictor: Predictor, data: DataSplits, classes: ClassInfo, folder: Path, batch_size: int
+    predictor: Predictor,
+    data: DataSplits,
+    classes: ClassInfo,
+    folder: Path,
+    batch_size: int,
+    output_stride: int | None,
 ) -> SegmentationTrainer:
+    folder.mkdir(parents=True, exist_ok=True)
     arguments = CtxSegTrainingArguments(
-        output_dir=str(folder), per_device_eval_batch_size=batch_size, dataloader_num_workers=0, eval_strategy="no"
+        output_dir=str(folder),
+        per_device_eval_batch_size=batch_size,
+        eval_output_stride=output_stride,
+        dataloader_num_workers=0,
+        eval_strategy="no",
     )
     trainer = SegmentationTrainer(
         predictor.model.float(),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .plain_formulas import only_once, plain_formulas
+from .plain_formulas import is_traced, only_once, plain_formulas, product
 from .winograd import winograd_conv
 
 _WORTH_SKIPPING = 0.9  # share of products outside the padding below which the backward tap by tap is faster
@@ -108,7 +108,7 @@ def _is_fast(x: torch.Tensor) -> bool:
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not is_traced()
     )
 
 
@@ -172,16 +172,11 @@ class _TapByTap(torch.autograd.Function):
                 outer = gradients[:, top, left]
                 flat = outer.reshape(-1, weight.shape[0])  # (B * rows * columns, O)
                 if to_x is not None:
-                    to_x[:, source_top, source_left] += _product(flat, weight[tap]).view(*outer.shape[:3], -1)
+                    to_x[:, source_top, source_left] += product(flat, weight[tap]).view(*outer.shape[:3], -1)
                 if to_weight is not None:
                     inner = cells[:, source_top, source_left].reshape(-1, weight.shape[1])
-                    to_weight[tap] = _product(flat.t(), inner)
+                    to_weight[tap] = product(flat.t(), inner)
         return None if to_x is None else to_x.permute(0, 3, 1, 2), to_weight, None
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", enabled=False):  # which a backward pass may be called in
-        return left @ right
 
 
 class _RowByRow(torch.autograd.Function):
@@ -205,13 +200,13 @@ class _RowByRow(torch.autograd.Function):
         height, width = x.shape[-2:]
         cells, gradients = _cells(x), _cells(gradient)  # (B, H, W, C)
         taps = x.new_zeros(*weight.shape[-2:], x.shape[1])  # (k, k, C)
-        product = torch.empty_like(cells[:, 0])  # (B, W, C)
+        held = torch.empty_like(cells[:, 0])  # (B, W, C)
         for row, top, _ in _steps(height, rows, ctx.rate):
             for y in range(top.start, top.stop):
                 source = cells[:, y + row * ctx.rate]
                 for column, left, source_left in _steps(width, columns, ctx.rate):
-                    torch.mul(gradients[:, y, left], source[:, source_left], out=product[:, left])
-                    taps[centre + row, centre + column] += product[:, left].sum((0, 1))
+                    torch.mul(gradients[:, y, left], source[:, source_left], out=held[:, left])
+                    taps[centre + row, centre + column] += held[:, left].sum((0, 1))
         return to_x, taps.permute(2, 0, 1).unsqueeze(1), None
 
 

@@ -7,18 +7,14 @@ The weights stay as they are. Other devices have rules of their own and take map
 
 import torch
 
-from .plain_formulas import plain_formulas
+from .plain_formulas import is_traced, plain_formulas
 
 
 def to_fast_format(maps: torch.Tensor) -> torch.Tensor:
     """Give maps (B, C, H, W) with the channels last in memory on a CPU, and as they are elsewhere and in an export."""
-    if maps.device.type != "cpu" or torch.compiler.is_exporting() or _is_traced() or plain_formulas():
+    if maps.device.type != "cpu" or torch.compiler.is_exporting() or is_traced() or plain_formulas():
         return maps
     if maps.shape[1] > 1:
         return maps.contiguous(memory_format=torch.channels_last)
     # Both formats of one channel are contiguous; only the strides tell a convolution which one is meant.
     return torch.empty_like(maps, memory_format=torch.channels_last).copy_(maps)
-
-
-def _is_traced() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

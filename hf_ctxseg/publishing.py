@@ -6,12 +6,15 @@ sheet of training pictures stay at home; local paths and tokens are cut from the
 
 import fnmatch
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import (
+    CommitInfo,
     CommitOperationAdd,
     CommitOperationCopy,
     CommitOperationDelete,
@@ -20,21 +23,15 @@ from huggingface_hub import (
     get_token,
     hf_raise_for_status,
 )
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from .hub_errors import HUB_ERRORS, HUB_SECONDS, ask, cause_of, impatient, push_error
 from .model_card import card_pictures, render_card
-from .publishable import public_json, read_json
-
-TIMEOUT = 10.0  # seconds until a Hub that does not answer counts as unreachable
+from .publishable import public_json, weight_files
+from .remote_code import auto_maps, code_files
 
 # What an earlier push may have left in the repository and this one takes away where the run no longer has it: an old
 # model.safetensors beside new shards would be loaded in their place.
@@ -49,10 +46,8 @@ _OURS = (
     "confusion.png",
     "curves.png",
     "previews/step-*.png",
+    "samples/*.jpg",
 )
-
-# Every failure to reach the Hub is an HTTPError of its HTTP client: httpx or httpx2, as huggingface_hub chooses.
-_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 
 
 class PushFile(NamedTuple):
@@ -62,19 +57,22 @@ class PushFile(NamedTuple):
     size: int
 
 
-def plan_push(run: str | Path, *, repo_id: str | None = None, include_pictures: bool = True) -> list[PushFile]:
+def plan_push(
+    run: str | Path, *, repo_id: str | None = None, include_pictures: bool = True, with_code: bool = False
+) -> list[PushFile]:
     """Check that a run folder holds a whole, sound model, and list what would be uploaded.
 
     Args:
         run: The folder that a training run saved.
         repo_id: The repository, for it is named in the card.
         include_pictures: Whether the card's pictures go along; the newest preview shows validation images.
+        with_code: Whether the model's code goes along.
 
     Raises:
         FileNotFoundError: A file that a model needs is missing.
-        ValueError: A file cannot be read, or a weight is not finite.
+        ValueError: A file cannot be read, a weight is not finite, or there is no code to go along.
     """
-    contents = _contents(Path(run), repo_id, include_pictures)
+    contents = _contents(Path(run), repo_id, include_pictures, with_code)
     return [PushFile(path, _size(content)) for path, content in contents.items()]
 
 
@@ -87,12 +85,14 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     include_pictures: bool = True,
+    with_code: bool = False,
     confirm: Callable[[str], bool] | None = None,
     create_pr: bool = False,
 ) -> str:
     """Upload a trained model in one commit, with a card rendered for the repository; the run folder is not changed.
 
-    A second push of the same run changes nothing.
+    With code there is a second commit, of the card alone: it names the first one, so that readers run the code that
+    they have looked at. A second push of the same run changes nothing, and one that broke off is repeated.
 
     Args:
         run: The folder that a training run saved.
@@ -102,6 +102,8 @@ def push(
         revision: An existing branch to commit to; the main branch if it is not given.
         commit_message: The commit's first line.
         include_pictures: Whether the card's pictures go along; the newest preview shows validation images.
+        with_code: Whether the model's code goes along, so that it opens without this package, by
+            `trust_remote_code=True`.
         confirm: Called with a text that lists what goes where; nothing is uploaded unless it returns True.
         create_pr: Open a pull request on an existing repository instead of committing to it.
 
@@ -113,55 +115,92 @@ def push(
         PermissionError, ConnectionError: Not logged in or no right to write; the Hub cannot be reached.
     """
     _check_repo_id(repo_id)
-    contents = _contents(Path(run), repo_id, include_pictures)
+    if with_code and create_pr:
+        raise ValueError("A pull request has no commit yet that a card could name: push with code to a branch.")
+    contents = _contents(Path(run), repo_id, include_pictures, with_code)
     api = HfApi(token=token or get_token())
     with _plain_errors(repo_id, revision, api.endpoint):
         repo_id, there = _target(api, repo_id, revision, private=private, create_pr=create_pr)
-        contents["README.md"] = render_card(Path(run), repo_id=repo_id, include_pictures=include_pictures).encode()
+        card = partial(render_card, Path(run), repo_id=repo_id, include_pictures=include_pictures, with_code=with_code)
+        contents["README.md"] = card().encode()
         stale = _stale(there, contents)
         if confirm is not None and not confirm(_listing(contents, stale, repo_id, there, private)):
             return ""
         if there is None:
             api.create_repo(repo_id, private=private, exist_ok=True)
+            there = api.model_info(repo_id, revision=revision, timeout=HUB_SECONDS)
+        send = partial(_commit, api, repo_id, revision=revision, create_pr=create_pr)
         message = commit_message or "Upload model with hf_ctxseg"
-        operations = _operations(contents, stale)
-        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+        if with_code:
+            named = _named_commit(api, repo_id, there)
+            files = {path: content for path, content in contents.items() if path != "README.md"}
+            first = send(files, stale, message, parent=there.sha)
+            pinned = named if named and first.oid == there.sha else first.oid
+            contents = {"README.md": card(code_revision=pinned).encode()}
+            commit = send(contents, [], "Name the commit of the code in the card", parent=first.oid)
+        else:
+            commit = send(contents, stale, message, parent=there.sha)
     return commit.pr_url or commit.commit_url
 
 
-def _contents(run: Path, repo_id: str | None, include_pictures: bool) -> dict[str, bytes | Path]:
+def push_all(folder: str | Path, namespace: str, **options: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """Push every folder in a folder that holds a model, each to a repository of its own name; goes on past failures.
+
+    Args:
+        folder: Such as `model_cards/`.
+        namespace: The user or organisation.
+        **options: Those of `push`.
+
+    Returns:
+        Addresses of the commits, and what went wrong, both by the names of the folders.
+
+    Raises:
+        ValueError: There is no folder with a model, or `namespace` is none.
+    """
+    models = sorted(path.parent for path in Path(folder).glob("*/config.json"))
+    if not models:
+        raise ValueError(f"No folder in {folder} holds a model (config.json and weights): save or convert one there.")
+    if "/" in namespace:
+        raise ValueError(f"{namespace!r} names one repository: give the user or organisation that all models go to.")
+    pushed, failed = {}, {}
+    for model in models:
+        try:
+            pushed[model.name] = push(model, f"{namespace}/{model.name}", **options)
+        except (ValueError, OSError) as error:
+            failed[model.name] = str(error)
+    return pushed, failed
+
+
+def _contents(run: Path, repo_id: str | None, include_pictures: bool, with_code: bool) -> dict[str, bytes | Path]:
     """Everything that goes up, by its path in the repository: cleaned texts as bytes, other files by their path."""
     config = public_json(run / "config.json")
     if not config.get("model_type") or not config.get("architectures"):
         raise ValueError(f"{run / 'config.json'} does not name a model_type and architectures: save the model again.")
+    if not str(config["model_type"]).startswith("ctxseg_"):
+        raise ValueError(f"{run} holds a model of the type {config['model_type']!r}, which is none of ours.")
+    processor = public_json(run / "preprocessor_config.json")
     weights = weight_files(run)
     _check_weights(run, weights)
+    code: dict[str, bytes | Path] = {}
+    if with_code:
+        entries = auto_maps(config["model_type"])
+        config["auto_map"], processor["auto_map"] = entries["config.json"], entries["preprocessor_config.json"]
+        code |= code_files(config["model_type"])
+    card = render_card(run, repo_id=repo_id, include_pictures=include_pictures, with_code=with_code)
     contents: dict[str, bytes | Path] = {
-        "README.md": render_card(run, repo_id=repo_id, include_pictures=include_pictures).encode(),
+        "README.md": card.encode(),
         "config.json": _json_bytes(config),
-        "preprocessor_config.json": _json_bytes(public_json(run / "preprocessor_config.json")),
+        "preprocessor_config.json": _json_bytes(processor),
     }
     if (run / "metrics.json").is_file():
         contents["metrics.json"] = _json_bytes(public_json(run / "metrics.json"))
     pictures = card_pictures(run) if include_pictures else []
-    tables = [name for name in ("per_class.csv", "confusion.csv") if (run / name).is_file()]
-    return contents | {name: run / name for name in [*weights, *tables, *pictures]}
-
-
-def weight_files(run: Path) -> list[str]:
-    """The safetensors file, or the index and its shards; names that lead out of the folder are refused."""
-    index = run / "model.safetensors.index.json"
-    if (run / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    if not index.is_file():
-        raise FileNotFoundError(f"There is no model.safetensors in {run}: give a folder that a training run saved.")
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    for name in shards:
-        if not fnmatch.fnmatchcase(name, "model-*.safetensors") or Path(name).name != name:
-            raise ValueError(f"{index} names the shard {name!r}, not a model-*.safetensors beside it: save again.")
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{index} names the shard {name}, which is not there: save the model again.")
-    return [index.name, *shards]
+    others = [name for name in ("per_class.csv", "confusion.csv", "LICENSE") if (run / name).is_file()]
+    contents |= {name: run / name for name in [*weights, *others, *pictures]}
+    for name in contents:
+        if name != "README.md" and not (run / name).resolve().is_relative_to(run.resolve()):
+            raise ValueError(f"{run / name} is a link that leads out of the folder: put the file itself there.")
+    return contents | code
 
 
 def _check_weights(run: Path, names: list[str]) -> None:
@@ -170,16 +209,11 @@ def _check_weights(run: Path, names: list[str]) -> None:
     for name in names:
         if not name.endswith(".safetensors"):
             continue
-        try:
-            with safe_open(run / name, framework="pt") as tensors:
-                for key in tensors.keys():
-                    tensor = tensors.get_tensor(key)
-                    if tensor.is_floating_point() and not tensor.isfinite().all():
-                        broken.append(key)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{run / name} is not a whole safetensors file ({error}): save the model again."
-            ) from error
+        with safe_open(run / name, framework="pt") as tensors:
+            for key in tensors.keys():
+                tensor = tensors.get_tensor(key)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    broken.append(key)
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise ValueError(
@@ -208,11 +242,10 @@ def _check_repo_id(repo_id: str) -> None:
 def _user_name(api: HfApi) -> str:
     if not api.token:
         raise PermissionError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
-    # Not HfApi.whoami: it waits for ever on a Hub that does not answer.
     headers = {"authorization": f"Bearer {api.token}"}
-    response = get_session().get(f"{api.endpoint}/api/whoami-v2", headers=headers, timeout=TIMEOUT)
+    response = ask(lambda: get_session().get(f"{api.endpoint}/api/whoami-v2", headers=headers, timeout=HUB_SECONDS))
     hf_raise_for_status(response)
-    return str(response.json()["name"])
+    return str(ask(response.json)["name"])
 
 
 def _target(
@@ -222,7 +255,7 @@ def _target(
     user = _user_name(api)
     repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
     try:
-        there = api.model_info(repo_id, revision=revision, timeout=TIMEOUT)
+        there = ask(lambda: api.model_info(repo_id, revision=revision, timeout=HUB_SECONDS))
     except RepositoryNotFoundError as error:
         if create_pr or revision not in (None, "main"):
             raise ValueError(
@@ -244,13 +277,51 @@ def _stale(there: ModelInfo | None, contents: dict[str, bytes | Path]) -> list[s
     return sorted(set(ours) - set(contents))
 
 
-def _operations(
-    contents: dict[str, bytes | Path], stale: list[str]
-) -> list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete]:
-    return [
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    contents: dict[str, bytes | Path],
+    stale: list[str],
+    message: str,
+    *,
+    parent: str | None,
+    revision: str | None,
+    create_pr: bool,
+) -> CommitInfo:
+    """Commit onto `parent` or not at all: a request that is repeated because its answer was lost does nothing."""
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationDelete(path) for path in stale),
         *(CommitOperationAdd(path, content) for path, content in contents.items()),
     ]
+    return api.create_commit(
+        repo_id,
+        operations,
+        commit_message=message,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=parent,
+    )
+
+
+def _named_commit(api: HfApi, repo_id: str, there: ModelInfo) -> str | None:
+    """The commit whose code the card there tells to load, if nothing but the card was changed since."""
+    if all(sibling.rfilename != "README.md" for sibling in there.siblings or []):
+        return None
+    card = Path(api.hf_hub_download(repo_id, "README.md", revision=there.sha)).read_text(encoding="utf-8")
+    found = re.search(r'revision="([0-9a-f]{40})"', card)
+    if found is None:
+        return None
+    try:
+        then, now = (
+            {sibling.rfilename: sibling.blob_id for sibling in info.siblings or [] if sibling.rfilename != "README.md"}
+            for info in (
+                api.model_info(repo_id, revision=commit, files_metadata=True, timeout=HUB_SECONDS)
+                for commit in (found[1], there.sha)
+            )
+        )
+    except RevisionNotFoundError:
+        return None
+    return found[1] if then == now else None
 
 
 def _listing(
@@ -281,42 +352,10 @@ def _readable(size: float) -> str:
 def _plain_errors(repo_id: str, revision: str | None, endpoint: str) -> Iterator[None]:
     """Say what went wrong between here and the Hub in one sentence with its cure."""
     try:
-        yield
-    except OfflineModeIsEnabled as error:
-        raise ConnectionError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it.") from error
-    except HfHubHTTPError as error:
-        raise _http_error(error, repo_id, revision, endpoint) from error
-    except _CLIENT_ERROR as error:
-        raise _unreachable(error, endpoint) from error
-    except RuntimeError as error:
-        # Uploads run in threads whose errors huggingface_hub wraps.
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise _http_error(error.__cause__, repo_id, revision, endpoint) from error
-        if isinstance(error.__cause__, _CLIENT_ERROR):
-            raise _unreachable(error.__cause__, endpoint) from error
-        raise
-
-
-def _unreachable(error: Exception, endpoint: str) -> ConnectionError:
-    return ConnectionError(
-        f"The Hub cannot be reached at {endpoint} ({type(error).__name__}): check the network and HF_ENDPOINT, "
-        "then push again."
-    )
-
-
-def _http_error(error: HfHubHTTPError, repo_id: str, revision: str | None, endpoint: str) -> Exception:
-    status = error.response.status_code
-    said = f" ({error.server_message})" if error.server_message else ""
-    if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"{repo_id} has no branch {revision!r}: make it on the Hub, or leave the revision out.")
-    if status == 401:
-        return PermissionError("The Hub does not accept this token: run `hf auth login`, or correct HF_TOKEN.")
-    if status == 403:
-        return PermissionError(f"This token may not write to {repo_id}{said}: use one that may, or another namespace.")
-    if status == 404:
-        return ValueError(f"{repo_id} was not found at {endpoint}, or this token may not see it: check the name.")
-    if status in (409, 412):
-        return ValueError(f"{repo_id} was changed by someone else in the meantime{said}: push again.")
-    if status == 429 or status >= 500:
-        return ConnectionError(f"The Hub at {endpoint} answers {status}{said}: wait a little, then push again.")
-    return ValueError(f"The Hub refused the upload to {repo_id} with status {status}{said}.")
+        with impatient():
+            yield
+    except (*HUB_ERRORS, RuntimeError) as error:  # of uploads, which run in threads, huggingface_hub wraps the errors
+        cause = cause_of(error)
+        if not isinstance(cause, HUB_ERRORS):
+            raise
+        raise push_error(cause, repo_id, revision, endpoint) from error

@@ -29,6 +29,7 @@ from .data_sources import WHOLE, near
 from .label_map import LabelMap
 from .samples import ClassInfo, FolderSamples, Samples
 from .visualization import default_palette
+from .wording import listed
 
 FOLDER = Path(__file__).parent / "recipes"
 _KEYS = {"title", "source", "like", "layouts", "ignore_index", "void", "classes", "arguments"}
@@ -83,8 +84,7 @@ class Layout:
             else:
                 pairs.append((image, label))
         if lacking:
-            more = f" and {len(lacking) - 10} more" if len(lacking) > 10 else ""
-            raise ValueError(f"{len(lacking)} of {len(names)} files are missing: {', '.join(lacking[:10])}{more}.")
+            raise ValueError(f"{len(lacking)} of {len(names)} files are missing: {listed(lacking)}.")
         if not pairs:
             raise ValueError(f"There is no picture named {self.images.format(split=split, name='*')}.")
         return pairs

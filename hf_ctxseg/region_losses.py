@@ -207,7 +207,7 @@ def _largest_first(errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if errors.dtype != torch.float32 or errors.device.type != "cpu" or torch.compiler.is_compiling():
         return errors.sort(descending=True, stable=True)
-    keys = torch.arange(len(errors)).add_((0x7FFFFFFF - errors.clamp(min=0).view(torch.int32)).long() << 32)
+    keys = torch.arange(len(errors)).add_((0x7FFFFFFF - errors.abs().view(torch.int32)).long() << 32)
     keys.numpy().sort()
     order = keys.bitwise_and_(0xFFFFFFFF)
     return errors[order], order

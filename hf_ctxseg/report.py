@@ -9,18 +9,24 @@ from typing import Any
 import torch
 
 from .arguments import Arguments, CtxSegTrainingArguments, DataArguments
+from .augmentation import CROP_TRIES
 from .boundary_metrics import BOUNDARY_SHARE
-from .console import duration
+from .card_pictures import write_samples
+from .cost import measure_cost
 from .data import DataSplits
 from .label_scan import LabelStatistics
+from .model_building import backbone_source
 from .model_card import write_card
 from .modeling_ctxseg import CtxSegForSemanticSegmentation
 from .plots import plot_confusion, plot_curves, plot_per_class
 from .registry import head_name
 from .run_folder import write_class_table, write_confusion_table, write_json
-from .samples import ClassInfo
+from .samples import ClassInfo, Samples
 from .scoring import named_scores, score_table
 from .trainer import SegmentationTrainer
+from .wording import duration
+
+COST_SECONDS = 10.0  # spent at the end of a training on what the model costs
 
 
 def device_name(arguments: CtxSegTrainingArguments) -> str:
@@ -45,6 +51,7 @@ def describe_model(model: CtxSegForSemanticSegmentation, origin: str | None) -> 
         "head": head_name(type(model.config)),
         "backbone": model.config.backbone,
         "backbone_weights": public_name(origin),
+        **backbone_source(model.config.backbone, origin),
         "parameters": model.num_parameters(),
         "output_stride": model.config.output_stride,
     }
@@ -61,11 +68,6 @@ def _describe_data(data: DataSplits, arguments: DataArguments, statistics: Label
         "ignore_index": data.classes.ignore_index,
         "class_pixels": dict(zip(data.classes.names, counts, strict=False)),
     }
-
-
-def _size_name(size: Any) -> str:
-    edge = size["max_height"]
-    return f"a longest edge of {edge} pixels" if edge and edge == size["max_width"] else str(dict(size))
 
 
 def describe_evaluation(trainer: SegmentationTrainer, split: str) -> dict[str, Any]:
@@ -116,6 +118,7 @@ def describe_run(
     """Everything that `metrics.json` holds; a continued run knows neither its whole time nor its mean loss."""
     model_arguments, data_arguments, training = arguments
     weights = trainer.loss.class_weights
+    measures = training.measure_cost and trainer.is_world_process_zero()
     return {
         "model": describe_model(trainer.model, origin),
         "data": _describe_data(data, data_arguments, statistics),
@@ -135,12 +138,19 @@ def describe_run(
             "head_learning_rate_factor": training.head_learning_rate_factor,
             "optimizer": str(getattr(training.optim, "value", training.optim)),
             "lr_scheduler": _schedule(training),
+            "weight_decay": training.weight_decay,
+            "warmup_steps": training.warmup_steps or None,
+            "layer_decay": training.layer_decay if training.layer_decay < 1 else None,
+            "ema_decay": training.ema_decay or None,
+            "freeze_batch_norm": training.freeze_batch_norm if training.freeze_batch_norm != "none" else None,
+            "augmentation": _augmentation(data_arguments),
             "precision": precision(training),
             "seed": training.seed,
             "device": device_name(training),
             "init_from": public_name(model_arguments.model_name_or_path),
         },
         "evaluation": describe_evaluation(trainer, data.validation_name),
+        **({"cost": measure_cost(trainer.scored_model, seconds=COST_SECONDS)} if measures else {}),
         "versions": versions(),
     }
 
@@ -148,6 +158,14 @@ def describe_run(
 def public_name(checkpoint: str | None) -> str | None:
     """Name a checkpoint: a folder by its last part alone, which is no name on the Hub, too."""
     return Path(checkpoint).resolve().name if checkpoint is not None and Path(checkpoint).is_dir() else checkpoint
+
+
+def _augmentation(data: DataArguments) -> str:
+    again = f", again up to {CROP_TRIES} times where one class covers more than {100 * data.max_class_ratio:g} %"
+    return (
+        f"scaled by {data.scale[0]:g} to {data.scale[1]:g}, cropped{again if data.max_class_ratio < 1 else ''}, "
+        "mirrored, brightness, contrast, saturation and hue changed"
+    )
 
 
 def _schedule(training: CtxSegTrainingArguments) -> str:
@@ -169,8 +187,9 @@ def write_report(
     classes: ClassInfo,
     scores: Mapping[str, Any],
     config_file: Path | None = None,
+    pictures: Samples | None = None,
 ) -> None:
-    """Write metrics, table of classes, figures and card into a run folder."""
+    """Write metrics, table of classes, figures, samples of the validation pictures and card into a run folder."""
     write_json(run / "metrics.json", metrics)
     plot_curves(history, run / "curves.png")
     if scores:
@@ -178,6 +197,8 @@ def write_report(
         write_class_table(run / "per_class.csv", classes.names, scores, [counts.get(name) for name in classes.names])
         plot_per_class(classes.names, scores["per_category_iou"], run / "per_class.png")
         write_confusions(run, classes, scores)
+    if pictures is not None:
+        write_samples(run, pictures)
     write_card(run, config_file=config_file)
 
 

@@ -29,8 +29,9 @@ _WRITTEN = (
 # What may differ when a run is continued: where things are, what is printed and kept, how long it goes on.
 _FREE_AT_RESUME = {
     "cache_gib", "data", "dataloader_num_workers", "disable_tqdm", "dry_run", "eval_steps", "eval_strategy",
-    "logging_steps", "max_nan_steps", "max_steps", "num_train_epochs", "output_dir", "per_device_eval_batch_size",
-    "preview_images", "report_to", "resume", "save_steps", "save_strategy", "save_total_limit", "scan_workers",
+    "logging_steps", "max_nan_steps", "max_steps", "measure_cost", "num_train_epochs", "output_dir",
+    "per_device_eval_batch_size", "preview_images", "report_to", "resume", "save_steps", "save_strategy",
+    "save_total_limit", "scan_workers",
 }  # fmt: skip
 
 
@@ -127,8 +128,10 @@ def save_model(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON; NaN, which JSON lacks, becomes null."""
-    path.write_text(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write JSON, at once or not at all; NaN, which JSON lacks, becomes null."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def write_arguments(run: Path, given: Mapping[str, Any]) -> None:

@@ -5,19 +5,17 @@ A label map holds one class index per pixel. People store it as palette PNG, gre
 """
 
 import json
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from .image_processing_ctxseg import to_rgb
+from .picture_reading import read_picture, to_rgb, turned_upright
 from .visualization import default_palette
 
 Label = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
@@ -141,12 +139,12 @@ class FolderSamples:
 
     def image(self, i: int) -> Image.Image:
         """Image `i`, upright RGB."""
-        return open_picture(self.pairs[i][0], self.name(i), to_rgb)
+        return read_picture(self.pairs[i][0], self.name(i), to_rgb)
 
     def label(self, i: int) -> Label:
         """Label map `i`, (H, W)."""
         name = self.label_name(i)
-        return self.label_map(open_picture(self.pairs[i][1], name, ImageOps.exif_transpose), name)
+        return self.label_map(read_picture(self.pairs[i][1], name, turned_upright), name)
 
 
 class TableSamples:
@@ -178,12 +176,12 @@ class TableSamples:
 
     def image(self, i: int) -> Image.Image:
         """Image `i`, upright RGB."""
-        return open_cell(self.images[i][self.image_column], self.name(i), to_rgb)
+        return read_picture(self.images[i][self.image_column], self.name(i), to_rgb)
 
     def label(self, i: int) -> Label:
         """Label map `i`, (H, W)."""
         name = self.label_name(i)
-        return self.label_map(open_cell(self.labels[i][self.label_column], name, ImageOps.exif_transpose), name)
+        return self.label_map(read_picture(self.labels[i][self.label_column], name, turned_upright), name)
 
 
 class SampleSubset:
@@ -224,49 +222,6 @@ def undecoded(dataset: Any, column: str, *kept: str) -> Any:
     if isinstance(table.features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
     return table
-
-
-def open_cell(cell: Any, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Decode what a table holds: `{"bytes", "path"}`, bytes or a path; ValueError naming it if it is no picture."""
-    if isinstance(cell, Mapping):
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, str | Path):
-        return open_picture(Path(cell), name, convert)
-    if isinstance(cell, bytes):
-        return open_picture(cell, name, convert)
-    found = "is empty" if cell is None else f"holds a {type(cell).__name__}"
-    raise ValueError(f"{name} {found}, but a picture is needed: encoded bytes or a file path")
-
-
-def open_picture(source: Path | bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Decode a picture (the first frame of several) and convert it.
-
-    Args:
-        source: File, or its content.
-        name: What messages call it.
-        convert: Applied to the decoded picture.
-
-    Raises:
-        ValueError: If it is missing, empty, cut off, no picture or not to be converted; says which and why.
-    """
-    try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            return convert(image)
-    # Broken files make Pillow's decoders raise anything: OSError, SyntaxError, struct.error, IndexError …
-    except Exception as error:
-        raise ValueError(f"{name} cannot be read: {_cause(error, source)}") from error
-
-
-def _cause(error: Exception, source: Path | bytes) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        empty = not source if isinstance(source, bytes) else source.stat().st_size == 0
-        return "the file is empty" if empty else "it is no picture of a known format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, struct.error | IndexError | EOFError):
-        return f"it is cut off or damaged ({error})"
-    return str(error) or type(error).__name__
 
 
 def read_label(image: Image.Image, name: str) -> Label:

@@ -5,9 +5,9 @@ stride, so that their logits fall on one grid and are blended there: at stride 1
 upsampling being linear, the result is the same but at the windows' rims.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import groupby, product
-from math import ceil
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from math import ceil, prod
 from typing import Literal
 
 import torch
@@ -15,13 +15,14 @@ import torch
 from .upsampling import computing_type
 
 Blend = Literal["gaussian", "constant"]
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 # Sums of more values than these (256 MB) are kept in the memory of the CPU.
 DEVICE_VALUES = 1 << 26
 
 
 def sliding_logits(
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    forward: Forward,
     pixels: torch.Tensor,
     window: int,
     overlap: float = 0.5,
@@ -49,31 +50,117 @@ def sliding_logits(
     Raises:
         ValueError: If the network's logits do not divide the window evenly.
     """
-    spans = [_spans(edge, window, overlap, multiple) for edge in pixels.shape[-2:]]
-    if len(spans[0]) == len(spans[1]) == 1:
-        return forward(pixels)
-    strides: list[int] = []
-    for boxes in _batches(spans[0], spans[1], batch):
-        logits = forward(torch.cat([pixels[..., rows, columns] for rows, columns in boxes]))
-        if not strides:  # the first window is of full size along every edge that takes several
-            grids = [_grid(axis, size) for axis, size in zip(spans, logits.shape[-2:], strict=True)]
-            strides, cells = [stride for stride, _ in grids], [cells for _, cells in grids]
-            values = len(pixels) * logits.shape[1] * cells[0] * cells[1]
-            place = logits.device if values <= DEVICE_VALUES else torch.device("cpu")
-            sums = torch.zeros(len(pixels), logits.shape[1], *cells, dtype=computing_type(logits), device=place)
-            mass = sums.new_zeros(cells)
-        weights = (_weights(logits.shape[-2], blend)[:, None] * _weights(logits.shape[-1], blend)).to(sums)
-        parts = (logits.to(sums) * weights).reshape(len(boxes), *sums.shape[:2], *weights.shape)
-        for part, (rows, columns) in zip(parts, boxes, strict=True):
-            top, left = rows.start // strides[0], columns.start // strides[1]
-            where = (..., slice(top, top + part.shape[-2]), slice(left, left + part.shape[-1]))
-            sums[where] += part
-            mass[where] += weights
-    height, width = (int(mass.amax(dim=axis).count_nonzero()) for axis in (1, 0))  # networks round up, or down
-    return sums[..., :height, :width] / mass[:height, :width]
+    size = (pixels.shape[-2], pixels.shape[-1])
+    rows = SlidingRows(
+        forward, lambda *box: pixels[(..., *box)], size, window, overlap, blend, multiple=multiple, batch=batch
+    )
+    large = prod(rows.shape) > DEVICE_VALUES
+    parts = [part.cpu() if large else part for part in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _spans(edge: int, window: int, overlap: float, multiple: int) -> list[slice]:
+class SlidingRows:
+    """The same logits, row by row from the top: those of one row of windows are held and no more.
+
+    Two windows in opposite corners are looked at when it is made, which tells the size of the whole.
+
+    Args:
+        forward: As above.
+        read: Gives the pixels (B, 3, h, w) of a window, two slices of rows and columns.
+        size: (H, W) of the picture.
+        window: As above.
+        overlap: As above.
+        blend: As above.
+        multiple: As above.
+        batch: As above.
+        seen: Called with the number of windows after each forward pass.
+
+    Attributes:
+        shape: (B, K, h, w) of all logits.
+        count: Number of windows.
+
+    Raises:
+        ValueError: If the network's logits do not divide the window evenly.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        read: Callable[[slice, slice], torch.Tensor],
+        size: tuple[int, int],
+        window: int,
+        overlap: float = 0.5,
+        blend: Blend = "gaussian",
+        *,
+        multiple: int = 1,
+        batch: int = 4,
+        seen: Callable[[int], None] = lambda windows: None,
+    ) -> None:
+        self._forward, self._read, self._seen = forward, read, seen
+        self._blend, self._batch = blend, batch
+        self._rows, self._columns = (window_spans(edge, window, overlap, multiple) for edge in size)
+        self.count = len(self._rows) * len(self._columns)
+        first = last = self._look(self._rows[0], self._columns[:1])
+        if self.count > 1:
+            last = self._look(self._rows[-1], self._columns[-1:])
+        self._corners = {(0, 0): first, (self._rows[-1].start, self._columns[-1].start): last}
+        self._strides = [
+            _stride(spans, cells) for spans, cells in zip((self._rows, self._columns), first.shape[-2:], strict=True)
+        ]
+        starts = (self._rows[-1].start // self._strides[0], self._columns[-1].start // self._strides[1])
+        self.shape = (*first.shape[:2], starts[0] + last.shape[-2], starts[1] + last.shape[-1])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield rows (B, K, n, w) that no later window reaches; once."""
+        first = self._corners[0, 0]
+        if self.count == 1:
+            yield first
+            return
+        cells, width = first.shape[-2], self.shape[-1]
+        values = first.shape[0] * first.shape[1] * cells * width
+        place = first.device if values <= DEVICE_VALUES else torch.device("cpu")
+        sums = torch.zeros(*first.shape[:2], cells, width, dtype=computing_type(first), device=place)
+        mass = sums.new_zeros(cells, width)
+        tops = [rows.start // self._strides[0] for rows in self._rows]
+        for rows, top, below in zip(self._rows, tops, [*tops[1:], self.shape[-2]], strict=True):
+            for column, logits in self._windows(rows):
+                left = column // self._strides[1]
+                weights = (
+                    _weights(logits.shape[-2], self._blend)[:, None] * _weights(logits.shape[-1], self._blend)
+                ).to(sums)
+                where = (..., slice(logits.shape[-2]), slice(left, left + logits.shape[-1]))
+                sums[where] += logits.to(sums) * weights
+                mass[where] += weights
+            done = below - top
+            yield sums[:, :, :done] / mass[:done]
+            sums = torch.cat([sums[:, :, done:], torch.zeros_like(sums[:, :, :done])], dim=2)
+            mass = torch.cat([mass[done:], torch.zeros_like(mass[:done])])
+
+    def _windows(self, rows: slice) -> Iterator[tuple[int, torch.Tensor]]:
+        """First column and logits (B, K, h, w) of each window of a row."""
+        left = []
+        for columns in self._columns:
+            corner = self._corners.pop((rows.start, columns.start), None)
+            if corner is None:
+                left.append(columns)
+            else:
+                yield columns.start, corner
+        for _, group in groupby(left, key=lambda columns: columns.stop - columns.start):
+            same = list(group)
+            for start in range(0, len(same), self._batch):
+                chosen = same[start : start + self._batch]
+                logits = self._look(rows, chosen)
+                parts = logits.view(len(chosen), -1, *logits.shape[1:])
+                yield from zip((columns.start for columns in chosen), parts, strict=True)
+
+    def _look(self, rows: slice, several: Sequence[slice]) -> torch.Tensor:
+        logits = self._forward(torch.cat([self._read(rows, columns) for columns in several]))
+        self._seen(len(several))
+        return logits
+
+
+def window_spans(edge: int, window: int, overlap: float, multiple: int) -> list[slice]:
+    """Where windows lie along an edge; see `sliding_logits`."""
     window = ceil(window / multiple) * multiple
     if edge <= window:
         return [slice(0, edge)]
@@ -82,28 +169,17 @@ def _spans(edge: int, window: int, overlap: float, multiple: int) -> list[slice]
     return [slice(start, min(start + window, edge)) for start in [*range(0, last, step), last]]
 
 
-def _batches(rows: list[slice], columns: list[slice], batch: int) -> Iterator[list[tuple[slice, slice]]]:
-    """Windows of equal size, the first of full size, in batches."""
-
-    def size(box: tuple[slice, slice]) -> tuple[int, int]:
-        return box[0].stop - box[0].start, box[1].stop - box[1].start
-
-    for _, group in groupby(sorted(product(rows, columns), key=size, reverse=True), key=size):
-        boxes = list(group)
-        yield from (boxes[start : start + batch] for start in range(0, len(boxes), batch))
-
-
-def _grid(spans: list[slice], cells: int) -> tuple[int, int]:
-    """Pixels for each of a window's logits along an edge, and how many logits the whole edge has at most."""
+def _stride(spans: list[slice], cells: int) -> int:
+    """Pixels for each of a window's logits along an edge."""
     edge = spans[0].stop
     if len(spans) == 1:
-        return edge, cells  # it lies at 0, whatever its stride
+        return edge  # it lies at 0, whatever its stride
     if edge % cells:
         raise ValueError(
             f"The model gives {cells} logits for a window of {edge} pixels, which do not divide it evenly: give a "
             "window that is a multiple of the model's output stride."
         )
-    return edge // cells, spans[-1].stop * cells // edge + 1
+    return edge // cells
 
 
 def _weights(cells: int, blend: Blend) -> torch.Tensor:

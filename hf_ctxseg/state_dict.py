@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .safe_pickle import StandIn, module_tensors, read_pickle
+from .wording import listed_tensors
 
 # Where training loops put it. An average of the weights comes first: it is what such a loop evaluates.
 _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")
@@ -132,7 +133,7 @@ def _network(tensors: dict[str, torch.Tensor], source: str, notes: list[str]) ->
         )
     prefix = prefixes[0]
     rest = [plain_text(key) for key in tensors if not key.startswith(prefix)]
-    dropped = f"; left out, as no part of the network: {_few(rest)}" if rest else ""
+    dropped = f"; left out, as no part of the network: {listed_tensors(rest)}" if rest else ""
     whose = "the network's names" if rest else "every name"
     notes.append(f"The prefix {plain_text(prefix)!r} was taken from {whose}{dropped}.")
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -145,10 +146,12 @@ def _check(tensors: dict[str, torch.Tensor], source: str, size: int) -> None:
         if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.device.type != "cpu"
     ]
     if odd:
-        raise ValueError(f"{source} holds sparse, quantised or complex tensors, or none at all: {_few(odd)}.")
+        raise ValueError(
+            f"{source} holds sparse, quantised or complex tensors, or none at all: {listed_tensors(odd)}."
+        )
     sizes = {key: value.numel() * value.element_size() for key, value in tensors.items()}
     if large := [key for key, claimed in sizes.items() if claimed > size]:
-        raise ValueError(f"{source} is smaller than tensors that it claims to hold: {_few(large)}.")
+        raise ValueError(f"{source} is smaller than tensors that it claims to hold: {listed_tensors(large)}.")
     # Tied weights are stored once; tensors that share far more would fill the memory when copied.
     if (claimed := sum(sizes.values())) > 2 * size + _SLACK:
         raise ValueError(
@@ -156,11 +159,9 @@ def _check(tensors: dict[str, torch.Tensor], source: str, size: int) -> None:
             "the state dict of a model, without other views of its tensors."
         )
     if broken := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise ValueError(f"{source} holds NaN or infinite values in {_few(broken)}: take an earlier checkpoint.")
-
-
-def _few(names: list[str]) -> str:
-    return f"{len(names)} tensors ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
+        raise ValueError(
+            f"{source} holds NaN or infinite values in {listed_tensors(broken)}: take an earlier checkpoint."
+        )
 
 
 def plain_text(text: str) -> str:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.data_loader import DataLoaderShard
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import TrainingArguments
 
 from .crops import CropMaker
-from .image_processing_ctxseg import to_rgb
 from .label_scan import count_values, describe_strangers
-from .samples import ClassInfo, Label, ReadLabel, check_sizes, open_cell, read_label, undecoded
+from .picture_reading import read_picture, to_rgb, turned_upright
+from .samples import ClassInfo, Label, ReadLabel, check_sizes, read_label, undecoded
 
 if TYPE_CHECKING:
     import datasets
@@ -69,11 +69,11 @@ class StreamedSamples:
 
     def image(self, row: Mapping[str, Any], name: str) -> Image.Image:
         """Image of a row, upright RGB."""
-        return open_cell(row[self.image_column], name, to_rgb)
+        return read_picture(row[self.image_column], name, to_rgb)
 
     def label(self, row: Mapping[str, Any], name: str) -> Label:
         """Label map of a row, (H, W)."""
-        return self.label_map(open_cell(row[self.label_column], name, ImageOps.exif_transpose), name)
+        return self.label_map(read_picture(row[self.label_column], name, turned_upright), name)
 
 
 def rows_of(table: "datasets.IterableDataset") -> Iterator[dict[str, Any]]:

@@ -20,10 +20,10 @@ from transformers.trainer_callback import ExportableState
 
 from .checkpoints import PARTIAL, checkpoint_folder, checkpoints, publish, rotate, step_of
 from .stop_signals import StopSignals, TrainingInterrupted
+from .wording import listed
 
 _OWED = "evaluation_owed"  # a file in a checkpoint that was saved instead of the evaluation due at its step
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NAMES_SHOWN = 10
 
 
 class TrainingStopped(RuntimeError):
@@ -307,13 +307,12 @@ class _SurvivalCallback(TrainerCallback):
             torch.distributed.all_gather_object(every, names)
             names = [name for part in every for name in part]
         names = list(dict.fromkeys(names))
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         first = step + 2 - self._bad_steps
         steps = f"step {first}" if self._bad_steps == 1 else f"the {self._bad_steps} steps {first} to {step + 1}"
         raise TrainingStopped(
             f"The loss was NaN or infinite in {steps}, which were left out; the batches were "
-            f"{', '.join(names[:_NAMES_SHOWN])}{more}. Look at these pictures, lower --learning_rate, or leave out "
-            f"--fp16. {self.trainer._kept()}"
+            f"{listed(names)}. Look at these pictures, lower --learning_rate, or leave out --fp16. "
+            f"{self.trainer._kept()}"
         )
 
     def on_step_end(

@@ -90,19 +90,23 @@ class SegmentationTrainer(AveragingTrainer):
             processing_class=image_processor,
             compute_metrics=self.scores,
         )
-        self.add_callback(_EpochCallback(train_dataset))
-        self.add_callback(self.throughput)
+        model.base_model.refuses_nan = False  # a step with such pictures is undone, and they are named
         self.frozen_norms = freeze_norms(model, args.freeze_batch_norm)
         self._twin: CtxSegForSemanticSegmentation | None = None
         if args.eval_output_stride not in (None, model.config.output_stride):
             self._twin = at_output_stride(model, args.eval_output_stride)
-        if args.early_stopping_patience is not None:
-            if eval_dataset is None:
+        self._add_callbacks()
+
+    def _add_callbacks(self) -> None:
+        self.add_callback(_EpochCallback(self.train_dataset))
+        self.add_callback(self.throughput)
+        if self.args.early_stopping_patience is not None:
+            if self.eval_dataset is None:
                 raise ValueError("early_stopping_patience needs pictures to score: add them, or leave it out.")
-            self.add_callback(EarlyStopping(args.early_stopping_patience))
-        if args.disable_tqdm:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience))
+        if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
-            self.add_callback(ConsoleCallback(classes))
+            self.add_callback(ConsoleCallback(self.classes))
 
     @property
     def scored_model(self) -> CtxSegForSemanticSegmentation:

@@ -127,7 +127,15 @@ def _run(
         trainer, arguments, data, statistics, origin, train_loss, seconds, command, bool(checkpoint)
     )
     if trainer.is_world_process_zero():
-        report = partial(write_report, run, metrics, trainer.state.log_history, data.classes, trainer.scores.last)
+        report = partial(
+            write_report,
+            run,
+            metrics,
+            trainer.state.log_history,
+            data.classes,
+            trainer.scores.last,
+            pictures=data.validation if training_arguments.preview_images > 0 else None,
+        )
         _save(run, trainer, processor, report)
         tell(farewell(run, metrics))
     return TrainingResult(run, metrics, model.eval(), processor)

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch.nn import functional as F
 
-from .plain_formulas import plain_formulas
+from .plain_formulas import plain_formulas, product
 
 # Values per block: what stays in a processor's cache; elsewhere enough to keep a device busy (128 MB in float32).
 CPU_BLOCK = 1 << 20
@@ -48,8 +48,8 @@ def upsampled_argmax(
     # A compiler plans its own loops.
     if shrinks or torch.compiler.is_compiling() or plain_formulas():
         upsampled = upsample(logits.detach(), size, align_corners)
-        scores, classes = upsampled.softmax(dim=1).max(dim=1)
-        return (classes, scores) if return_scores else upsampled.argmax(dim=1)
+        classes = upsampled.argmax(dim=1)
+        return (classes, upsampled.softmax(dim=1).amax(dim=1)) if return_scores else classes
     with torch.no_grad():
         classes = logits.new_empty((len(logits), *size), dtype=torch.int64)
         scores = logits.new_empty(classes.shape if return_scores else 0, dtype=computing_type(logits))
@@ -98,14 +98,14 @@ def upsampled_blocks(
             mixture.mix(wide, near, rows, out=values)
             yield pictures, rows, values
             if target is not None:
-                gathered = _product(mixture.weights[rows, near].T, values.flatten(1)).view_as(wide)
+                gathered = product(mixture.weights[rows, near].T, values.flatten(1)).view_as(wide)
                 gathered[:kept] += pending[len(pending) - kept :]
                 if len(pending) > kept:
                     done = slice(previous.start, previous.stop - kept)
-                    target[done] = _product(pending[: len(pending) - kept], column_weights)
+                    target[done] = product(pending[: len(pending) - kept], column_weights)
                 pending = gathered
         if target is not None:
-            target[near] = _product(pending, column_weights)
+            target[near] = product(pending, column_weights)
 
 
 def upsample(maps: torch.Tensor, size: tuple[int, int], align_corners: bool = False) -> torch.Tensor:
@@ -165,11 +165,6 @@ def _with_rows(wide: torch.Tensor, rows: torch.Tensor, width: int, align_corners
     added = upsample(lines, (1, width), align_corners)
     added = added.view(*rows.shape[:-1], width)
     return torch.cat([wide, added]) if len(wide) else added
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(left.device.type, enabled=False):
-        return left @ right
 
 
 def _steps(stop: int, step: int) -> Iterator[slice]:

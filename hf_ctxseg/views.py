@@ -58,6 +58,11 @@ class Views:
         """Whether there is one view: the whole picture as it is."""
         return self.window is None and self.scales == (1.0,) and not self.flip
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one view, of the picture at one scale and not mirrored."""
+        return len(self.scales) == 1 and not self.flip
+
     def describe(self) -> tuple[str, str]:
         """What is looked at, and at which scales, for a report."""
         edge, share = self.window, f"{self.overlap:g}"
@@ -105,8 +110,13 @@ def view_maps(
     return maps
 
 
+def scaled_edge(edge: int, scale: float) -> int:
+    """An edge of a scaled picture, a whole number of pixels, halves up."""
+    return max(1, int(edge * scale + 0.5))
+
+
 def _scaled(pixels: torch.Tensor, scale: float) -> torch.Tensor:
-    height, width = (max(1, int(edge * scale + 0.5)) for edge in pixels.shape[-2:])
+    height, width = (scaled_edge(edge, scale) for edge in pixels.shape[-2:])
     scaled = F.interpolate(pixels.float(), (height, width), mode="bilinear", antialias=True)
     return scaled.to(pixels.dtype)
 

@@ -19,6 +19,7 @@ from .sheet import Colour, cell_box, grid_of, legend, scaled, shorten, stack, te
 
 __all__ = [
     "Colour",
+    "class_counts",
     "colorize",
     "contact_sheet",
     "default_palette",
@@ -41,6 +42,7 @@ _FIRST_COLOURS = (
     (86, 180, 233),
     (240, 228, 66),
 )
+_COUNTED_AT_ONCE = 1 << 22
 _RIGHT, _WRONG, _IGNORED = (96, 96, 96), (230, 30, 40), (0, 0, 0)
 
 
@@ -118,6 +120,24 @@ def _slots(mask: NDArray[Any], num_labels: int, ignore_index: int) -> NDArray[np
     slots = mask.astype(np.int32)
     slots[ignored] = num_labels
     return slots
+
+
+def class_counts(mask: NDArray[Any], num_labels: int, ignore_index: int = 255) -> NDArray[np.int64]:
+    """Count the pixels of each class, some rows at a time: a mask may be as large as memory allows.
+
+    Returns:
+        `num_labels` + 1 numbers, the last of them the ignored pixels.
+
+    Raises:
+        ValueError: The mask is not an integer (H, W) array, or holds a value that is no class.
+    """
+    mask = np.asarray(mask)
+    rows = max(1, _COUNTED_AT_ONCE // max(1, mask.shape[-1] if mask.ndim else 1))
+    counts = np.zeros(num_labels + 1, dtype=np.int64)
+    for start in range(0, max(1, len(mask)), rows):
+        slots = _slots(mask[start : start + rows], num_labels, ignore_index)
+        counts += np.bincount(slots.ravel(), minlength=num_labels + 1)
+    return counts
 
 
 def mask_to_image(mask: NDArray[Any], palette: Sequence[Colour]) -> Image.Image:
@@ -341,8 +361,7 @@ def _present(
     if len(class_names) != len(palette):
         raise ValueError(f"There are {len(class_names)} class names, but {len(palette)} colours; give one per class.")
     num_labels = len(palette)
-    flat = [_slots(mask, num_labels, ignore_index).ravel() for mask in masks]
-    counts = np.sum([np.bincount(slots, minlength=num_labels + 1) for slots in flat], axis=0)
+    counts = np.sum([class_counts(mask, num_labels, ignore_index) for mask in masks], axis=0)
     order = sorted(np.flatnonzero(counts).tolist(), key=lambda label: (label == num_labels, -counts[label]))
     entries = []
     for label in order:

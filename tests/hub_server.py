@@ -34,6 +34,7 @@ class Commit:
 class Repo:
     private: bool = False
     branches: dict[str, list[Commit]] = field(default_factory=dict)
+    gated: bool = False
 
     @property
     def commits(self) -> list[Commit]:
@@ -54,8 +55,10 @@ class HubServer:
     token: The only token that is accepted; it belongs to the user `tester`.
     namespaces: Where that user may write.
 
-    `repos` holds what was pushed, `requests` every request as `METHOD /path`, and `faults` maps a part of such a line
-    to the statuses that the server shall answer instead, each once.
+    `repos` holds what was pushed, `requests` every request as `METHOD /path`, and `faults` maps a pattern of these to
+    what the server shall do instead, a list of it for once each: answer with a status, say nothing ("silent"), hang up
+    ("drop"), do what was asked and hang up ("deaf"), answer with the log-in page of a network ("page"), or send no
+    file beyond its half ("half").
     """
 
     def __init__(self, token: str = "fake", namespaces: tuple[str, ...] = ("tester", "org")):
@@ -63,7 +66,9 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.large_files: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.faults: dict[str, list[int]] = {}
+        self.faults: dict[str, int | str | list[int | str]] = {}
+        self.bodies: list[bytes] = []
+        self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -73,7 +78,13 @@ class HubServer:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
+    def add(self, name: str, files: dict[str, bytes], **facts: bool) -> str:
+        """Put a repository there; gives its commit."""
+        self.repos[name] = Repo(**facts, branches={"main": [Commit("first", files)]})
+        return self.repos[name].commits[-1].oid
+
     def __exit__(self, *exc: object) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -96,6 +107,8 @@ def blob_id(path: str, data: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
+    fault = ""
+    half = 0
     protocol_version = "HTTP/1.1"
     routes = (
         ("GET", r"/api/whoami-v2", "whoami"),
@@ -105,6 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "commit"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<rev>[^/]+))?", "info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(?:/(?P<path>.*))?", "tree"),
+        ("GET", r"/api/datasets/(?P<repo>[^/]+/[^/]+)", "info"),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/large-files/(?P<oid>[0-9a-f]{64})", "lfs_put"),
         ("GET|HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
@@ -117,10 +131,13 @@ class _Handler(BaseHTTPRequestHandler):
         body, url = self._read_body(), urlsplit(self.path)
         line = f"{self.command} {unquote(url.path)}"
         self.hub.requests.append(line)
+        self.hub.bodies.append(body)
         try:
-            for part, statuses in self.hub.faults.items():
-                if part in line and statuses:
-                    raise HubError(statuses.pop(0), message="fault made by the test")
+            self.fault = self._next_fault(line)
+            if self.fault in ("silent", "drop"):
+                self.hub.closing.wait(60 if self.fault == "silent" else 0)
+                self.close_connection = True
+                return
             for methods, pattern, name in self.routes:
                 match = re.fullmatch(pattern, url.path)
                 if match and self.command in methods.split("|"):
@@ -133,6 +150,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
+    def _next_fault(self, line: str) -> str:
+        for part, faults in self.hub.faults.items():
+            if re.search(part, line) and faults:
+                fault = faults.pop(0) if isinstance(faults, list) else faults
+                if isinstance(fault, int):
+                    raise HubError(fault, message="fault made by the test")
+                return fault
+        return ""
+
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -144,14 +170,23 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        if self.fault == "deaf":
+            self.close_connection = True
+            return
         self.send_response(status)
         for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
+        if self.fault == "half":
+            data = data[: max(0, self.half)]
+            self.close_connection = True
         if self.command != "HEAD":
             self.wfile.write(data)
 
     def _json(self, content: object) -> None:
+        if self.fault == "page":
+            self._send(200, b"<html>Log in</html>", {"Content-Type": "text/html"})
+            return
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _logged_in(self, required: bool = True) -> bool:
@@ -173,6 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None or (found.private and not self._logged_in(required=False)):
             raise HubError(404, "RepoNotFound", "Repository not found")
         self._logged_in(required=False)
+        if found.gated and "/api/" not in self.path:
+            raise HubError(403, "GatedRepo", "Access to this model is restricted")
         for branch, commits in found.branches.items():
             for index, commit in enumerate(commits):
                 if commit.oid == rev or (branch == rev and index == len(commits) - 1):
@@ -236,6 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
             key, value = operation["key"], operation["value"]
             if key == "header":
                 message = value["summary"]
+                if value.get("parentCommit") not in (None, history[-1].oid):
+                    raise HubError(412, message="A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile" and value["oid"] in self.hub.large_files:
@@ -256,6 +295,10 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, body: bytes, query: dict, repo: str, rev: str = "main") -> None:
         head = self._history(repo, rev)[-1]
         siblings = [{"rfilename": path} for path in sorted(head.files)]
+        if "blobs" in query:
+            for sibling in siblings:
+                data = head.files[sibling["rfilename"]]
+                sibling |= {"blobId": blob_id(sibling["rfilename"], data), "size": len(data)}
         facts = {"id": repo, "modelId": repo, "sha": head.oid, "tags": [], "downloads": 0, "likes": 0}
         self._json({**facts, "private": self.hub.repos[repo].private, "siblings": siblings})
 
@@ -289,10 +332,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": head.oid, "ETag": tag, "Accept-Ranges": "bytes"}
         if is_large(path, len(data)):
             headers |= {"X-Linked-Etag": tag, "X-Linked-Size": str(len(data))}
+        self.half = len(data) // 2
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
             self._send(200, data, headers)
             return
         start, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        self.half -= start
         headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
         self._send(206, data[start : last + 1], headers)

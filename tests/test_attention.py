@@ -11,8 +11,9 @@ from hf_ctxseg import CtxSegImageProcessor, DeepLabV3Config, DeepLabV3ForSemanti
 from hf_ctxseg import NonLocalForSemanticSegmentation as NonLocal
 from hf_ctxseg.attention import attention_picture
 from hf_ctxseg.cli import main
-from hf_ctxseg.inference import Predictor, predict_files
+from hf_ctxseg.inference import Predictor
 from hf_ctxseg.nonlocal_block import NonLocalBlock
+from hf_ctxseg.prediction_files import FileOptions, predict_files
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_a_model_without_block_is_refused(run_folder, picture, tmp_path):
         hf_ctxseg.attention_map(run_folder, picture, (0, 0))
     picture.save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="no non-local block"):
-        predict_files(Predictor(run_folder), [tmp_path / "a.png"], tmp_path / "out", (0, 0))
+        predict_files(Predictor(run_folder), [tmp_path / "a.png"], tmp_path / "out", FileOptions(query=(0, 0)))
     assert not (tmp_path / "out").exists()
 
 

@@ -74,6 +74,7 @@ def test_every_operator_of_the_quick_run_equals_its_formula():
         assert result.sides["ours"].difference is not None
 
 
+@pytest.mark.figures
 def test_report_holds_every_figure(tmp_path):
     pixels = [case for case in operators.cases(full=False, quick=True) if case.name.startswith("arg-max K=21")]
     positions = [case for case in operators.cases(full=False, quick=True) if "concatenation training" in case.name]

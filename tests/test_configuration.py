@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
+import hf_ctxseg
 from hf_ctxseg import CtxSegConfig, DeepLabV3Config
 
 NUMBERS = ("num_channels", "output_stride", "auxiliary_hidden_size")
@@ -101,8 +102,44 @@ def test_c1_unknown_key_in_a_file_is_refused(tmp_path):
     DeepLabV3Config().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"aspp_rates": [6]}))
-    with pytest.raises(ValueError, match=r"no field 'aspp_rates'.*newer"):
+    with pytest.raises(ValueError, match=r"no field 'aspp_rates': did you mean atrous_rates\?"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def _with_version(folder, version, **fields):
+    DeepLabV3Config(hidden_size=32).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["ctxseg_version"] == hf_ctxseg.__version__
+    if version is None:  # as files before there was the field
+        del saved["ctxseg_version"]
+    else:
+        saved["ctxseg_version"] = version
+    (folder / "config.json").write_text(json.dumps(saved | fields))
+
+
+@pytest.mark.parametrize("version", ["99.0.0", "0.1.1", "0.2.0rc1"])
+def test_c1_unknown_key_of_a_newer_version_is_left_out_with_a_warning(tmp_path, version, caplog):
+    _with_version(tmp_path, version, aspp_gates=[6], deeper=True)
+    config = AutoConfig.from_pretrained(tmp_path)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert f"written by hf-ctxseg {version}" in warning and "aspp_gates, deeper" in warning
+    assert config.hidden_size == 32 and not hasattr(config, "aspp_gates")
+    config.save_pretrained(tmp_path)
+    assert DeepLabV3Config.from_pretrained(tmp_path).to_json_string() == config.to_json_string()
+    assert json.loads((tmp_path / "config.json").read_text())["ctxseg_version"] == hf_ctxseg.__version__
+
+
+@pytest.mark.parametrize("version", [None, "0.0.9", "0.1.0", "", {}])
+def test_c1_unknown_key_of_this_or_an_older_version_is_refused(tmp_path, version):
+    _with_version(tmp_path, version, aspp_gates=[6])
+    with pytest.raises(ValueError, match="no field 'aspp_gates'"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_known_keys_of_a_newer_version_are_taken_in_silence(tmp_path, caplog):
+    _with_version(tmp_path, "99.0.0")
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 32
+    assert not caplog.records
 
 
 def test_fields_of_a_head_belong_to_it():

@@ -7,7 +7,7 @@ import stat
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conversion_helpers import write_photo
 from torchvision.models import segmentation
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
@@ -26,9 +26,7 @@ def save_peer(path, classes, **arguments):
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
-    path = tmp_path_factory.mktemp("photo") / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (65, 70, 3), np.uint8)).save(path)
-    return path
+    return write_photo(tmp_path_factory.mktemp("photo") / "photo.png")
 
 
 def test_a_network_of_one_logit_becomes_one_of_two_classes(tmp_path, photo):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from training_helpers import NAMES, make_data, random_run
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from hf_ctxseg.cli import main
 from hf_ctxseg.evaluation import evaluate
 from hf_ctxseg.scoring import score_table
 
@@ -57,6 +58,22 @@ def test_scores_equal_a_plain_loop_whatever_the_batch(run, data, tmp_path, batch
     assert found["mean_iou"] == pytest.approx(iou.mean(), abs=1e-9)
     assert found["overall_accuracy"] == pytest.approx(hits.sum() / matrix.sum(), abs=1e-9)
     assert found["num_images"] == 5
+
+
+def test_output_stride_is_that_asked_for_and_told(run, data, tmp_path, capsys):
+    told = evaluate(run, data, output_dir=tmp_path / "a", output_stride=16, say=lambda line: None)["evaluation"]
+    saved = AutoModelForSemanticSegmentation.from_pretrained(run)
+    coarse = AutoModelForSemanticSegmentation.from_pretrained(run, output_stride=16)
+    coarse.save_pretrained(tmp_path / "coarse")
+    shutil.copy(run / "preprocessor_config.json", tmp_path / "coarse")
+    assert saved.config.output_stride == 8
+    as_saved = evaluate(run, data, output_dir=tmp_path / "b", say=lambda line: None)["evaluation"]
+    expected = evaluate(tmp_path / "coarse", data, output_dir=tmp_path / "c", say=lambda line: None)["evaluation"]
+    assert told["per_category_iou"] == expected["per_category_iou"] != as_saved["per_category_iou"]
+    assert told["settings"]["output_stride"] == 16 and "(the model as saved: 8)" in told["protocol"]
+    options = ["--data", str(data), "--output_stride", "12", "--output_dir", str(tmp_path / "d")]
+    assert main(["eval", str(run), *options]) == 2
+    assert "cannot reach output_stride 12" in capsys.readouterr().err
 
 
 def test_what_is_written_is_what_is_returned(run, data, tmp_path):
@@ -281,6 +298,7 @@ def test_two_processes_score_what_one_does(run, data, tmp_path, batch_size):
 _PEAK = """
 import resource, sys
 from pathlib import Path
+from hf_ctxseg.cli import main
 from hf_ctxseg.evaluation import evaluate
 
 run, data, out = map(Path, sys.argv[1:])

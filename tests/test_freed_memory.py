@@ -4,21 +4,22 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from hf_ctxseg import freed_memory
+
 _FAULTS = """
-import resource, sys
-import torch
-from hf_ctxseg.freed_memory import keep_freed_memory
+import resource, runpy, sys
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
-        torch.zeros(16 << 20)  # 64 MiB, 16 Ki pages
+        b"x" * (64 << 20)  # 16 Ki pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-keep_freed_memory()
+runpy.run_path(sys.argv[1])["keep_freed_memory"]()
 faults()
 print(faults())
 """
@@ -27,7 +28,11 @@ print(faults())
 def _faults(**environment: str) -> int:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     done = subprocess.run(
-        [sys.executable, "-c", _FAULTS], env={**kept, **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _FAULTS, str(Path(freed_memory.__file__))],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout)
 

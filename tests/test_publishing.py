@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_ctxseg import CtxSegImageProcessor, DeepLabV3Config, DeepLabV3ForSemanticSegmentation
 from hf_ctxseg.model_card import render_card
+from hf_ctxseg.publishable import public_text
 from hf_ctxseg.publishing import plan_push, push
 
 SHOWN = {"README.md", "config.json", "preprocessor_config.json", "metrics.json", "model.safetensors", "per_class.csv"}
@@ -54,7 +56,7 @@ PUSHES = """
 
     run, later, dead, silent = sys.argv[1:]
     results, listings = {}, []
-    publishing.TIMEOUT = 0.5
+    publishing.HUB_SECONDS, publishing.ask = 2.0, functools.partial(publishing.ask, seconds=4.0)
 
     def attempt(label, *args, endpoint=None, **kwargs):
         publishing.HfApi = functools.partial(HfApi, endpoint=endpoint)
@@ -155,7 +157,7 @@ def test_push_without_pictures_to_a_private_repository_then_a_pull_request(pushe
     repo = hub.repos["org/plain"]
     assert repo.private and not hub.repos["org/name"].private
     assert set(repo.files) == SHOWN | {".gitattributes"}
-    assert ".png" not in repo.files["README.md"].decode()
+    assert not re.search(r"\]\(\S+\.png\)", repo.files["README.md"].decode())
     assert len(repo.commits) == 2
     assert repo.branches["refs/pr/1"][-1].message == "Add pictures"
     assert set(repo.branches["refs/pr/1"][-1].files) == SHOWN | PICTURES | {".gitattributes"}
@@ -208,10 +210,21 @@ def test_a_push_that_breaks_off_leaves_no_files_and_can_be_repeated(pushed):
     assert set(hub.repos["org/torn"].files) == SHOWN | PICTURES | {".gitattributes"}
 
 
+def code_of_the_card(hub):
+    card = hub.repos["org/name"].files["README.md"].decode()
+    return "\n".join(part.split("```")[0] for part in card.split("```python\n")[1:])
+
+
+def test_the_card_s_code_is_whole_and_names_the_repository(pushed):
+    code = code_of_the_card(pushed[0])
+    compile(code, "card", "exec")
+    assert code.count('"org/name"') == 2
+
+
+@pytest.mark.slow
 def test_the_card_s_code_runs_in_a_fresh_process_and_loads_equal_weights(pushed, run, tmp_path):
     hub, _ = pushed
-    card = hub.repos["org/name"].files["README.md"].decode()
-    code = card.split("```python\n")[1].split("```")[0]
+    code = code_of_the_card(hub)
     code = f"""
 from PIL import Image
 Image.effect_noise((40, 30), 90).convert("RGB").save("photo.jpg")
@@ -257,6 +270,7 @@ def test_a_missing_file_is_named(copy, name):
         ("config.json", b"{", "config.json is not valid JSON"),
         ("config.json", b"[]", "holds a list, not a JSON object"),
         ("config.json", b"{}", "does not name a model_type and architectures"),
+        ("config.json", b'{"model_type": "bert", "architectures": ["B"]}', "type 'bert', which is none of ours"),
         ("model.safetensors", b"", "not a whole safetensors file"),
         ("model.safetensors", b"\xff" * 100, "not a whole safetensors file"),
         ("model.safetensors", None, "not a whole safetensors file"),
@@ -278,6 +292,42 @@ def shard(folder, names):
     for name in names:
         save_file({key: state[key] for key in keys if weight_map[key] == name}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("content", [{"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": None}, {}])
+def test_an_index_without_names_of_shards_is_refused(copy, content):
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"is no index of shards|names the shard 1"):
+        plan_push(copy)
+
+
+def test_weights_that_no_model_would_open_with_are_refused(copy):
+    state = {key: value.to(torch.int32) for key, value in load_file(copy / "model.safetensors").items()}
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="weights that are no floating-point numbers"):
+        plan_push(copy)
+
+
+def test_only_the_samples_that_were_written_go_up(copy):
+    (copy / "samples").mkdir()
+    for name in ("1", "2", "my holiday", "a\nb"):
+        (copy / f"samples/{name}.jpg").write_bytes(b"x")
+    assert {file.path for file in plan_push(copy)} == SHOWN | PICTURES | {"samples/1.jpg", "samples/2.jpg"}
+
+
+def test_h8_the_home_folder_of_a_name_with_a_space_is_cut_whole(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/mallory q7"))
+    assert public_text("from /home/mallory q7/data/x, then /tmp/y") == "from x, then y"
+    assert "mallory" not in public_text("from /home/mallory q7") + public_text("/home/mallory q7")
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    assert public_text("1/2 of /tmp/y") == "1/2 of y"
+
+
+def test_the_card_names_the_model_started_from_without_its_revision(copy):
+    facts = {"training": {"init_from": "org/start@v1"}, "model": {"backbone_weights": "timm/resnet18.a1_in1k"}}
+    (copy / "metrics.json").write_text(json.dumps(facts))
+    assert "\nbase_model: org/start\n" in render_card(copy)
 
 
 def test_shards_go_up_with_their_index(copy):

@@ -60,7 +60,7 @@ def test_c1_misspelt_keys_of_every_head_are_refused_with_the_nearest(classes, tm
     own = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
     for name in own:
         misspelt = name.replace("_", "", 1) if "_" in name else f"{name}s"
-        with pytest.raises(ValueError, match=rf"no field '{misspelt}': did you mean {name}\?.*newer hf-ctxseg"):
+        with pytest.raises(ValueError, match=rf"no field '{misspelt}': did you mean {name}\?"):
             config_class(**{misspelt: 1})
     config_class().save_pretrained(tmp_path)
     file = tmp_path / "config.json"

@@ -5,9 +5,12 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
-from training_helpers import NAMES, trained
+from test_model_card import told_numbers, written_numbers
+from training_helpers import NAMES, as_arguments, trained
 
+import hf_ctxseg
 from hf_ctxseg.report import farewell, versions, write_report
 from hf_ctxseg.samples import ClassInfo
 from hf_ctxseg.visualization import default_palette
@@ -84,6 +87,29 @@ def test_versions_are_those_installed(metrics):
     assert metrics["versions"] == found
     assert found["torch"] == version("torch") and found["hf_ctxseg"] == version("hf-ctxseg")
     assert re.fullmatch(r"3\.\d+\.\d+.*", found["python"])
+
+
+def test_every_number_in_a_real_card_is_in_its_metrics(line, metrics):
+    config = json.loads((line[1] / "config.json").read_text(encoding="utf-8"))
+    card = ModelCard((line[1] / "README.md").read_text(encoding="utf-8"))
+    found = told_numbers(card.text)
+    assert len(found) > 40 and set(found) <= written_numbers(config, metrics)
+    assert [item["src"] for item in card.data.widget] == ["samples/1.jpg", "samples/2.jpg"]
+    headings = re.findall(r"^## (.*)", card.text, re.MULTILINE)
+    shown = ["Use", "Examples", "Results", "Classes", "Training", "Limits", "Licence", "Versions", "Citation"]
+    assert headings == shown
+    for path in re.findall(r"\]\((?!https?:)(.*?)\)", card.text):
+        assert (line[1] / path).is_file(), path
+
+
+def test_the_cost_is_measured_once_at_the_end(line, tmp_path):
+    arguments = as_arguments(data=str(line[0]), output_dir=str(tmp_path / "run"), measure_cost=True, max_steps=1)
+    result = hf_ctxseg.train(**arguments, eval_strategy="no", save_strategy="no")
+    saved = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert saved["cost"] == result.metrics["cost"] and saved["cost"]["sizes"][0]["height"] == 256
+    assert saved["training"]["augmentation"].startswith("scaled by 0.5 to 2, cropped, again up to 10 times where one")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| 256 x 256 | {saved['cost']['sizes'][0]['gmacs']:.4g} |" in card
 
 
 def test_card_tells_the_score(line, metrics):

@@ -111,6 +111,19 @@ def test_model_is_complete_only_when_its_config_is_there(tmp_path, monkeypatch):
     ]
 
 
+def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def fail(path, text, **options):
+        with path.open("w") as stream:
+            stream.write(text[:3])
+        raise OSError("No space left on device")
+
+    write_json(tmp_path / "a.json", {"a": 1})
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "a.json", {"b": 2})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"a": 1}
+
+
 def test_json_has_null_for_what_is_no_number(tmp_path):
     write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": (-math.inf, "é")}})
 

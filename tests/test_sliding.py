@@ -61,8 +61,10 @@ def test_one_window_is_the_whole_picture():
 def test_windows_are_of_the_size_asked_for_and_come_in_batches():
     network = Constant()
     sliding_logits(network, torch.zeros(1, 3, 80, 50), 30, 0.5, multiple=8, batch=3)
-    # 32 is the next multiple of 8; rows start at 0 16 32 48, columns at 0 16 24, and the last column ends at 50
-    assert network.sizes == [(3, 3, 32, 32), (3, 3, 32, 32), (2, 3, 32, 32), (3, 3, 32, 26), (1, 3, 32, 26)]
+    # 32 is the next multiple of 8; rows start at 0 16 32 48, columns at 0 16 24, and the last column ends at 50;
+    # two opposite corners come first, then what is left of each row
+    corners, row = [(1, 3, 32, 32), (1, 3, 32, 26)], [(2, 3, 32, 32), (1, 3, 32, 26)]
+    assert network.sizes == [*corners, (1, 3, 32, 32), (1, 3, 32, 26), *row, *row, (2, 3, 32, 32)]
 
 
 @pytest.mark.parametrize("blend", ["gaussian", "constant"])

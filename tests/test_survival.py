@@ -5,19 +5,16 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from survival_helpers import at_call
 from training_helpers import LINE, as_arguments, flags, make_data, same_weights, trained, weights
 
 import hf_ctxseg
 from hf_ctxseg import checkpoints, report, survival
 from hf_ctxseg.checkpoints import newest_checkpoint
 from hf_ctxseg.cli import main
-from hf_ctxseg.stop_signals import StopSignals
 from hf_ctxseg.survival import TrainingStopped
 from hf_ctxseg.trainer import SegmentationTrainer
 
@@ -44,27 +41,8 @@ def _mostly_slow(cases, *fast):
     return [case if case in fast else pytest.param(case, marks=SLOW) for case in cases]
 
 
-def _at_call(monkeypatch, owner, name, number, do):
-    """Do something at the n-th call of a function, before it."""
-    real, calls = getattr(owner, name), []
-
-    def wrapped(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == number:
-            do()
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, wrapped)
-
-
 def _kill():
     raise Killed
-
-
-def _evaluated_steps(run):
-    """The steps that the newest checkpoint knows scores of."""
-    state = json.loads((newest_checkpoint(run) / "trainer_state.json").read_text())
-    return [entry["step"] for entry in state["log_history"] if "eval_mean_iou" in entry]
 
 
 # Where the second of three checkpoints is cut off, and which is the newest afterwards.
@@ -85,13 +63,13 @@ def test_s2_kill_during_save_leaves_the_old_or_the_new_state(line, tmp_path, mon
     run = tmp_path / "run"
     owner, name, number, newest = SAVING[place]
     with monkeypatch.context() as patch:
-        _at_call(patch, owner, name, number, _kill)
+        at_call(patch, owner, name, number, _kill)
         with pytest.raises(Killed):
             main(["train", *flags(data=data, output_dir=run, **RECIPE)])
     assert newest_checkpoint(run).name == f"checkpoint-{newest}"
     assert main(["train", *flags(data=data, output_dir=run, **RECIPE), "--resume"]) == 0
     assert same_weights(run, whole)
-    left = [path.name for path in run.iterdir() if path.is_dir() and path.name != "previews"]
+    left = [path.name for path in run.iterdir() if path.is_dir() and path.name not in ("previews", "samples")]
     assert left == ["checkpoint-6"] and not list(run.glob("*.partial"))
 
 
@@ -107,7 +85,7 @@ def test_s1_kill_elsewhere_loses_nothing(line, tmp_path, monkeypatch, place):
     data, whole = line
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        _at_call(patch, *ELSEWHERE[place], _kill)
+        at_call(patch, *ELSEWHERE[place], _kill)
         with pytest.raises(Killed):
             main(["train", *flags(data=data, output_dir=run, **RECIPE)])
     assert not (run / "config.json").exists()
@@ -133,15 +111,12 @@ def test_s1_best_weights_are_kept_after_a_kill_behind_the_last_step(line, tmp_pa
     whole = hf_ctxseg.train(**as_arguments(data=data, output_dir=tmp_path / "whole", **recipe))
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        _at_call(patch, report, "plot_curves", 1, _kill)
+        at_call(patch, report, "plot_curves", 1, _kill)
         hf_ctxseg.train(**as_arguments(data=data, output_dir=run, **recipe))
     best = json.loads((newest_checkpoint(run) / "trainer_state.json").read_text())["best_global_step"]
     assert best < 9, "the last step is the best: the test shows nothing"
     hf_ctxseg.train(**as_arguments(data=data, output_dir=run, resume=True, **recipe))
     assert same_weights(run, whole.output_dir)
-
-
-# S3
 
 
 @pytest.mark.parametrize("limit", [1 << 20, pytest.param(4 << 20, marks=SLOW)], ids=["weights", "optimizer"])
@@ -161,8 +136,8 @@ def test_s3_full_disk_at_save_is_reported_and_training_goes_on(line, tmp_path, m
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        _at_call(monkeypatch, SegmentationTrainer, "_save_checkpoint", 2, narrow)
-        _at_call(monkeypatch, SegmentationTrainer, "training_step", 5, widen)
+        at_call(monkeypatch, SegmentationTrainer, "_save_checkpoint", 2, narrow)
+        at_call(monkeypatch, SegmentationTrainer, "training_step", 5, widen)
         assert main(["train", *flags(data=data, output_dir=run, **RECIPE)]) == 0
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -178,7 +153,7 @@ def test_s3_full_disk_at_the_end_leaves_no_half_model(line, tmp_path, monkeypatc
     run = tmp_path / "run"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
-        _at_call(
+        at_call(
             patch,
             hf_ctxseg.training,
             "save_model",
@@ -217,133 +192,10 @@ def test_s3_other_failure_to_save_stops(line, tmp_path, monkeypatch, capsys):
     def fail():
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    _at_call(monkeypatch, checkpoints.os, "rename", 2, fail)
+    at_call(monkeypatch, checkpoints.os, "rename", 2, fail)
     assert main(["train", *flags(data=line[0], output_dir=tmp_path / "run", **RECIPE)]) == 1
     said = capsys.readouterr().err
     assert "checkpoint-4 could not be saved: [Errno 13] Permission denied. checkpoint-2 is kept" in said
-
-
-# S4
-
-
-def _send(number):
-    return lambda: os.kill(os.getpid(), number)
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "step"),
-    [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 4), pytest.param(signal.SIGTERM, 143, 6, marks=SLOW)],
-    ids=["mid-epoch", "end of epoch", "end of training"],
-)
-def test_s4_signal_saves_once_and_leaves(line, tmp_path, monkeypatch, capfd, number, code, step):
-    data, whole = line
-    run = tmp_path / "run"
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        _at_call(patch, SegmentationTrainer, "training_step", step, _send(number))
-        assert main(["train", *flags(data=data, output_dir=run, **LINE)]) == code
-    assert signal.getsignal(number) is before
-    assert [folder.name for folder in checkpoints.checkpoints(run)] == [f"checkpoint-{step}"]
-    assert f"{number.name} after step {step}. checkpoint-{step} is kept" in capfd.readouterr().err
-    assert main(["train", *flags(data=data, output_dir=run, **LINE), "--resume"]) == 0
-    assert same_weights(run, whole)
-
-
-@pytest.mark.parametrize("strategy", ["steps", pytest.param("epoch", marks=SLOW)])
-def test_s4_signal_in_an_evaluation_ends_it_and_the_next_session_makes_up_for_it(
-    line, tmp_path, monkeypatch, strategy
-):
-    data, whole = line
-    recipe = LINE | {"eval_strategy": strategy, "save_strategy": strategy}
-    step = 3 if strategy == "steps" else 4
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        scored = []
-        _at_call(patch, SegmentationTrainer, "prediction_step", 2, _send(signal.SIGTERM))
-        _at_call(patch, SegmentationTrainer, "prediction_step", 3, lambda: scored.append(None))
-        assert main(["train", *flags(data=data, output_dir=run, **recipe)]) == 143
-    assert not scored and newest_checkpoint(run).name == f"checkpoint-{step}"
-    assert _evaluated_steps(run) == []
-    assert main(["train", *flags(data=data, output_dir=run, **recipe), "--resume"]) == 0
-    assert _evaluated_steps(run)[:1] == [step]
-    if strategy == "steps":
-        assert same_weights(run, whole)
-    else:
-        hf_ctxseg.train(**as_arguments(data=data, output_dir=tmp_path / "again", **recipe))
-        assert same_weights(run, tmp_path / "again")
-
-
-@pytest.mark.slow
-def test_s4_signal_before_an_evaluation_that_is_due_does_not_wait_for_it(line, tmp_path, monkeypatch):
-    data, whole = line
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        scored = []
-        _at_call(patch, SegmentationTrainer, "training_step", 3, _send(signal.SIGTERM))
-        _at_call(patch, SegmentationTrainer, "prediction_step", 1, lambda: scored.append(None))
-        assert main(["train", *flags(data=data, output_dir=run, **LINE)]) == 143
-    assert not scored
-    assert main(["train", *flags(data=data, output_dir=run, **LINE), "--resume"]) == 0
-    assert same_weights(run, whole)
-    assert _evaluated_steps(run)[0] == 3
-
-
-def test_s4_second_signal_ends_the_process_at_once(monkeypatch, capfd):
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.number == signal.SIGTERM and not codes
-        os.kill(os.getpid(), signal.SIGINT)
-        assert codes == [130]
-    assert capfd.readouterr().err.count("again to leave at once") == 1
-
-
-def test_s4_echo_of_a_launcher_is_no_second_signal(monkeypatch):
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with StopSignals():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert codes == []
-        monkeypatch.setattr("hf_ctxseg.stop_signals._ECHO_SECONDS", 0.0)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert codes == [130]
-
-
-@pytest.mark.slow
-def test_s4_signal_to_a_launcher_stops_all_its_processes_after_one_checkpoint(line, tmp_path):
-    data, run, whole = line[0], tmp_path / "run", tmp_path / "whole"
-    script = Path(__file__).parents[1] / "scripts" / "finetune.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    recipe = LINE | {"max_steps": 40, "save_steps": 40, "eval_steps": 20}
-
-    def start(output_dir):
-        arguments = [*launch, *flags(data=data, output_dir=output_dir, **recipe), "--resume"]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-
-    printed = ""
-    with start(run) as process:
-        for text in process.stdout:
-            printed += text
-            if text.startswith("step 3/40"):
-                process.send_signal(signal.SIGTERM)
-    (stopped,) = checkpoints.checkpoints(run)
-    assert 3 <= checkpoints.step_of(stopped) < 40, printed
-    assert not checkpoints.find_damage(stopped) and (stopped / "rng_state_1.pth").exists()
-    assert f"interrupted by SIGTERM after step {checkpoints.step_of(stopped)}" in printed
-    for folder in (run, whole):
-        with start(folder) as process:
-            printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, printed
-    assert same_weights(run, whole)
-
-
-# S6
 
 
 def _lose(monkeypatch, *steps):
@@ -412,16 +264,13 @@ def test_s6_weights_that_are_not_finite_are_not_saved(line, tmp_path, monkeypatc
     assert newest_checkpoint(run).name == "checkpoint-2"
 
 
-# S7
-
-
 @pytest.mark.parametrize(
     ("workers", "split"),
     [(1, "train"), *(pytest.param(*case, marks=SLOW) for case in ((0, "val"), (0, "train"), (1, "val")))],
 )
 def test_s7_picture_deleted_in_mid_run_is_named(small, tmp_path, monkeypatch, capsys, workers, split):
     picture = small / split / "images" / "001.png"
-    _at_call(monkeypatch, SegmentationTrainer, "_save_checkpoint", 1, picture.unlink)
+    at_call(monkeypatch, SegmentationTrainer, "_save_checkpoint", 1, picture.unlink)
     recipe = RECIPE | {"dataloader_num_workers": workers}
     assert main(["train", *flags(data=small, output_dir=tmp_path / "run", **recipe)]) == 1
     said = capsys.readouterr().err
@@ -460,7 +309,7 @@ def test_s7_out_of_memory_names_crops_and_knobs(small, tmp_path, monkeypatch, ca
     def fail():
         raise error
 
-    _at_call(monkeypatch, SegmentationTrainer, "compute_loss", 4, fail)
+    at_call(monkeypatch, SegmentationTrainer, "compute_loss", 4, fail)
     assert main(["train", *flags(data=small, output_dir=tmp_path / "run", **RECIPE)]) == 1
     said = capsys.readouterr().err
     assert "Out of memory in step 4 with 2 crops of 33x33 pixels" in said

@@ -12,10 +12,11 @@ from transformers import TrainerCallback, TrainerState
 import hf_ctxseg
 from hf_ctxseg import CtxSegImageProcessor, DeepLabV3Config, DeepLabV3ForSemanticSegmentation
 from hf_ctxseg.arguments import CtxSegTrainingArguments
-from hf_ctxseg.console import ConsoleCallback, duration
+from hf_ctxseg.console import ConsoleCallback
 from hf_ctxseg.samples import ClassInfo
 from hf_ctxseg.trainer import SegmentationTrainer
 from hf_ctxseg.visualization import default_palette
+from hf_ctxseg.wording import duration
 
 CLASSES = ClassInfo(NAMES, tuple(default_palette(3)))
 
@@ -207,7 +208,16 @@ def test_console_lines():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3599.7, "1 h 0 min"), (7380, "2 h 3 min")],
+    [
+        (0, "0 s"),
+        (0.42, "0.42 s"),
+        (9.97, "10 s"),
+        (12.34, "12 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 0 min"),
+        (7380, "2 h 3 min"),
+    ],
 )
 def test_durations_are_read_aloud(seconds, text):
     assert duration(seconds) == text

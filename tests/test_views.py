@@ -107,7 +107,8 @@ def test_nothing_scored_has_no_loss():
 def test_windows_scales_and_mirror_images_combine():
     network = Network()
     maps = view_maps(network, picture((40, 60)), Views(window=16, overlap=0, scales=(0.5, 1), flip=True, batch=9), 4)
-    assert network.sizes == [(16, 16), (16, 14)] * 2 + [(16, 16)] * 4  # 2 × 2 windows, then 3 × 4 in two batches
+    # 2 × 2 windows, then 3 × 4: each time two corners, then the rest of each row
+    assert network.sizes == [(16, 16), (16, 14), (16, 14), (16, 16)] * 2 + [(16, 16)] * 5 * 2
     assert [tuple(view.shape[-2:]) for view in maps] == [(5, 8)] * 2 + [(10, 15)] * 2
 
 

@@ -22,6 +22,7 @@ from hf_ctxseg.visualization import (
     with_legend,
 )
 
+pytestmark = pytest.mark.figures
 NAMES = ["sky", "road", "car"]
 PALETTE = [(10, 20, 200), (200, 150, 20), (30, 160, 40)]
 

@@ -8,9 +8,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,6 +31,7 @@ TINY = {
     "max_steps": 3,
     "per_device_train_batch_size": 2,
     "preview_images": 1,
+    "measure_cost": False,
     "dataloader_num_workers": 0,
     "use_cpu": True,
 }
@@ -83,6 +86,8 @@ def as_arguments(**arguments):
     return {name: value for name, value in {**TINY, **arguments}.items() if value is not None}
 
 
+_savefig = Figure.savefig  # before a test leaves figures blank
+
 # Eight pictures in batches of two: six steps end in the middle of the second epoch, and so does checkpoint 5.
 LINE = {
     "max_steps": 6,
@@ -101,7 +106,7 @@ def trained(scratch):
     root = Path(mkdtemp(dir=scratch))
     make_data(root / "data")
     printed = io.StringIO()
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), patch.object(Figure, "savefig", _savefig):
         assert main(["train", *flags(data=root / "data", output_dir=root / "run", **LINE)]) == 0
     return root / "data", root / "run", printed.getvalue()
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hf_ctxseg import ASPP, upsampled_argmax, upsampled_cross_entropy
+from hf_ctxseg import ASPP, DenseCRF, upsampled_argmax, upsampled_cross_entropy
 from hf_ctxseg.conversion import aspp_modules, rename
+from hf_ctxseg.demo_scenes import render_scene
 from hf_ctxseg.metrics import MeanIoU
 from hf_ctxseg.nonlocal_ops import nonlocal_attention
 
+from ..pydensecrf_outputs import coarse_probabilities, infer
 from .measuring import Case, Side, Step, Target
 
 Tensors = list[torch.Tensor]
@@ -43,6 +46,8 @@ def cases(full: bool, quick: bool) -> Iterator[Case]:
         yield _aspp_case(training, *((16, 5) if quick else (2048, 33)))
     for images in (1, 4) if quick else (2, 16):
         yield _evaluation_case(images, (32, 32) if quick else (512, 512))
+    if find_spec("pydensecrf"):  # from source, by hand: see scripts/pydensecrf_outputs.py
+        yield _crf_case((33, 40) if quick else (513, 513))
 
 
 def _nonlocal_case(mode: str, training: bool, n: int) -> Case:
@@ -240,6 +245,21 @@ def _iou_of_histograms(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray
         for row, values in enumerate((prediction[prediction == reference], prediction, reference)):
             totals[row] += np.histogram(values, bins=150, range=(0, 149))[0]
     return totals[0] / (totals[1] + totals[2] - totals[0])
+
+
+def _crf_case(size: Size) -> Case:
+    sides = tuple(Side(name, partial(_make_crf, name == "ours", size)) for name in ("ours", "pydensecrf2"))
+    name = f"dense CRF 10 iterations K=21 {size[0]}x{size[1]}"
+    return Case(name, "dense CRF, 21 classes", size[0] * size[1], sides, devices=("cpu",))
+
+
+def _make_crf(ours: bool, size: Size, device: torch.device) -> Step:
+    picture, label = render_scene(0, size)
+    probabilities = coarse_probabilities(label, 21)
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    if ours:
+        return lambda: [DenseCRF()(probabilities[None], pixels)[0]]
+    return lambda: [torch.from_numpy(infer(probabilities.numpy(), picture, DenseCRF()))]
 
 
 def without_dropout(module: torch.nn.Module) -> torch.nn.Module:
